@@ -1,0 +1,114 @@
+"""What the data pipeline and the hierarchy cost a training step: ratios, measured side by side.
+
+    python bench/pipeline.py                                       # textures, the default network
+    python bench/pipeline.py --data cifar100 --arch resnet18 --stem 3x3 --batch-size 256 --device cuda
+
+Alternates, in one process: a step of MoCo on a fixed batch; the same step fed by the real pipeline (draws, crops,
+colours); and the pipeline alone, also as PIL transforms in the data-set object, the usual way. Then the epoch:
+with / without clustering and path loss, from the measured step, feature pass and k-means.
+"""
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torchvision import transforms
+from torchvision.transforms.functional import to_pil_image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import common
+import hirl_moco
+
+
+def clock(function, device):
+    start = time.perf_counter()
+    result = function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", default="textures")
+    p.add_argument("--data-root", default="data")
+    p.add_argument("--arch", default="tiny")
+    p.add_argument("--stem", default="3x3")
+    p.add_argument("--batch-size", type=int, default=64)
+    p.add_argument("--steps", type=int, default=20, help="of each kind")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = p.parse_args()
+    device = torch.device(args.device)
+    train, _ = common.load_data(args.data, args.data_root, device)
+    preset = hirl_moco.PRESETS["textures" if args.data == "textures" else "cifar"]
+    view = hirl_moco.AUGMENTATIONS["textures" if args.data == "textures" else "cifar"]
+    torch.manual_seed(0)
+    clusters = [k for k in preset["clusters"] if k < len(train) / 4]
+    model = hirl_moco.MoCo(hirl_moco.Encoder(args.arch, args.stem, 128), 128, preset["queue_size"],
+                           [hirl_moco.level_head(128) for _ in clusters])
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.01, momentum=0.9)
+
+    def step(views, hierarchy=None, index=None):
+        raw_q = model.encoder_q(views[0])
+        with torch.no_grad():
+            model.update_key_encoder(0.99)
+            k = F.normalize(model.encoder_k(views[1]), dim=1)
+        loss = hirl_moco.info_nce(F.normalize(raw_q, dim=1), k, model.queue, 0.2)
+        if hierarchy:
+            z = F.normalize(torch.stack([head(raw_q) for head in model.heads], dim=1), dim=2)
+            leaves = torch.randint(clusters[0], (len(raw_q), preset["negative_paths"]))
+            loss = loss + common.semantic_path_loss(z, hierarchy, index, leaves.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model.enqueue(k)
+
+    def stream():
+        epoch = 0
+        while True:
+            yield from common.batches(train, args.batch_size, [view] * 2, seed=0, epoch=epoch, device=device)
+            epoch += 1
+
+    pil = transforms.Compose([
+        transforms.RandomResizedCrop(32, view.scale), transforms.RandomHorizontalFlip(),
+        transforms.RandomApply([transforms.ColorJitter(*view.jitter)], view.jitter_p),
+        transforms.RandomGrayscale(view.gray_p), transforms.ToTensor(), transforms.Normalize(0.5, 0.25)])
+    pictures = [to_pil_image(train.picture(i).cpu()) for i in range(args.batch_size)]
+    source = stream()
+    _, index, fixed = next(source)
+    features_s, x = clock(lambda: F.normalize(common.extract_features(model.encoder_k, train, 32, device=device),
+                                              dim=1), device)
+    kmeans_s, hierarchy = clock(lambda: common.hierarchical_kmeans(x, clusters, temperature=0.2), device)
+    kinds = {"step, fixed batch": lambda: step(fixed), "step, real pipeline": lambda: step(next(source)[2]),
+             "step with path loss, real pipeline": lambda: step((b := next(source))[2], hierarchy, b[1]),
+             "pipeline alone": lambda: next(source),
+             "PIL transforms, one process": lambda: [pil(picture) for picture in pictures * 2]}
+    seconds = {name: [] for name in kinds}
+    for _ in range(args.steps + 2):  # two rounds to warm up
+        for name, function in kinds.items():
+            seconds[name].append(clock(function, device)[0])
+    took = {name: statistics.median(times[2:]) for name, times in seconds.items()}
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    print(f"{time.strftime('%Y-%m-%d')}  torch {torch.__version__}  {torch.get_num_threads()} threads  {name}")
+    print(f"{args.data}, {len(train)} pictures, {args.arch} {args.stem}, batch {args.batch_size}, clusters {clusters}")
+    for name, t in took.items():
+        print(f"{name:36} {1000 * t:8.1f} ms   {2 * args.batch_size / t:9.0f} views/s")
+    print(f"step on the pipeline / on a fixed batch        {took['step, real pipeline'] / took['step, fixed batch']:.3f}"
+          "   (at most 1.1)")
+    print(f"pipeline / PIL transforms                      "
+          f"{took['PIL transforms, one process'] / took['pipeline alone']:.1f} x faster")
+    steps = len(train) // args.batch_size
+    plain, full = steps * took["step, real pipeline"], steps * took["step with path loss, real pipeline"]
+    print(f"epoch: {plain:.1f} s of steps; with hierarchy {full:.1f} s of steps + {features_s:.1f} s features + "
+          f"{kmeans_s:.1f} s k-means")
+    print(f"epoch with / without hierarchy                 {(full + features_s + kmeans_s) / plain:.3f}   (at most 1.35)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,303 @@
+# /// script
+# requires-python = ">=3.9"
+# dependencies = ["torch>=2.4", "torchvision>=0.19", "numpy", "tqdm"]
+# ///
+"""HIRL on MoCo v2: hierarchical image representation learning (HIRL 2205.13159, MoCo v2 2003.04297).
+
+    1  q = normalise(encoder_q(view 0)), k = normalise(encoder_k(view 1)), theta_k follows theta_q slowly
+    2  MoCo: q picks k out of a queue of past keys                                             info_nce
+    3  once an epoch, after a warm-up: key features of all images -> k-means -> k-means of its
+       centres -> ..., a tree of prototypes c^l whose level 0 is the finest         hierarchical_kmeans
+    4  one small head a level turns the query's raw projection into z^l
+    5  HIRL: the image scores high on its own path of the tree, S = prod_l (1 + z^l.c^l)/2, and low
+       on random other paths                                                        semantic_path_loss
+    6  step on MoCo + HIRL; enqueue k
+
+CPU demo, under 3 minutes   python hirl_moco.py
+the same without hierarchy  python hirl_moco.py --clusters 0
+one GPU                     python hirl_moco.py --data cifar100 --amp --compile
+paper scale, 8 GPUs         torchrun --nproc-per-node=8 hirl_moco.py --data /imagenet --amp
+
+Symbols  q, k query and key (B, D)     queue u (Q, D)       L levels, 0 the finest      K_l = --clusters
+         z level embeddings (B, L, D)  c prototypes[l] (K_l, D)  assign[l] image -> cluster (released
+         code: im2cluster)             parent[l] cluster -> cluster one level up (cluster2cluster)
+
+Changes relative to: nothing, read this script first; the siblings say what they change relative to it.
+
+Differs from paper or released code
+  path loss     scores against all prototypes, then picks: same value and gradient, less time and memory
+  phi           computed with the tree, unused by HIRL's loss, as in the release
+  queue         any batch and queue size; the release needs one to divide the other
+  batch norm    over the whole batch under torchrun (--bn sync), so G processes equal one; --bn shuffle is
+                MoCo's own. On one device shuffling is a permutation inside one batch, a no-op: left out
+  lr            cosine per step; the release floors the epoch
+"""
+
+# ---- [shared] imports
+import copy
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import common
+
+# ---- [method] presets: one column a data scale, chosen by --data, printed at start
+PRESETS = {
+    "textures": dict(arch="tiny", stem="3x3", image_size=32, epochs=20, batch_size=64, base_lr=0.24,
+                     weight_decay=5e-4, ema_momentum=0.99, queue_size=512, clusters=[108, 27, 9],
+                     warmup_epochs=10, negative_paths=200, bn="sync"),
+    "cifar": dict(arch="resnet18", stem="3x3", image_size=32, epochs=200, batch_size=512, base_lr=0.06,
+                  weight_decay=5e-4, ema_momentum=0.99, queue_size=4096, clusters=[1000, 200, 40],
+                  warmup_epochs=20, negative_paths=500, bn="sync"),
+    "photos": dict(arch="resnet18", stem="7x7", image_size=96, epochs=200, batch_size=256, base_lr=0.06,
+                   weight_decay=5e-4, ema_momentum=0.99, queue_size=4096, clusters=[1000, 200, 40],
+                   warmup_epochs=20, negative_paths=500, bn="sync"),
+    "imagenet": dict(arch="resnet50", stem="7x7", image_size=224, epochs=200, batch_size=256, base_lr=0.03,
+                     weight_decay=1e-4, ema_momentum=0.999, queue_size=16384, clusters=[30000, 10000, 1000],
+                     warmup_epochs=20, negative_paths=1000, bn="shuffle"),
+}
+
+# ---- [shared: moco] augmentation: MoCo v2's, less blur at 32 px
+AUGMENTATIONS = {
+    "textures": common.Augmentation(scale=(0.4, 1.0), gray_p=0.5, shuffle_p=0.5),
+    "cifar": common.Augmentation(scale=(0.2, 1.0), gray_p=0.2),
+    "photos": common.Augmentation(scale=(0.2, 1.0), gray_p=0.2, blur_p=0.5),
+    "imagenet": common.Augmentation(scale=(0.2, 1.0), gray_p=0.2, blur_p=0.5),
+}
+
+
+# ---- [shared] arguments
+def shared_arguments():
+    p = common.Parser(description=__doc__, epilog=common.preset_table(PRESETS), allow_abbrev=False,
+                      formatter_class=common.HelpFormatter)
+    add = p.add_argument
+    add("--data", default="textures", help="textures, cifar10, cifar100, stl10 or a folder of pictures")
+    add("--data-root", default="data", help="where torchvision's sets are kept")
+    add("--preset", default="auto", choices=["auto", *PRESETS], help="the defaults marked 'preset'")
+    add("--out", help="run folder (default: runs/<script>-<data>-<seed>)")
+    add("--resume", action="store_true", help="continue the run in --out where it stopped")
+    add("--arch", help="tiny, or a torchvision model that ends in fc, as resnet50 (preset)")
+    add("--stem", choices=["3x3", "7x7"], help="first layer: 3x3 without max-pool, or torchvision's (preset)")
+    add("--image-size", type=common.positive(int), help="side of the views, pixels (preset)")
+    add("--dim", type=common.positive(int), default=128, help="width D of the embedding")
+    add("--epochs", type=common.positive(int), help="passes over the data (preset)")
+    add("--batch-size", type=common.positive(int), help="images a step, over all processes (preset)")
+    add("--base-lr", type=common.positive(float), help="lr = base-lr * batch-size / 256, cosine to 0 (preset)")
+    add("--weight-decay", type=common.positive(float, zero=True), help="on every parameter (preset)")
+    add("--clusters", type=int, nargs="+", metavar="K", help="clusters a level, finest first; 0: none (preset)")
+    add("--warmup-epochs", type=common.positive(int, zero=True), help="epochs before the hierarchy (preset)")
+    add("--seed", type=int, default=0, help="of everything random")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--workers", type=common.positive(int, zero=True), default=4,
+        help="processes that decode pictures too large or too many to keep in memory")
+    add("--amp", action="store_true", help="bfloat16 autocast in the networks; losses stay float32")
+    add("--compile", action="store_true", help="torch.compile the encoders")
+    add("--eval-every", type=common.positive(int), default=1, help="epochs between kNN evaluations")
+    add("--tensorboard", action="store_true", help="also write the log for tensorboard, if it is installed")
+    return p
+
+
+# ---- [method] arguments
+def parse_args(argv=None):
+    p = shared_arguments()
+    add = p.add_argument
+    add("--temperature", type=common.positive(float), default=0.2, help="of InfoNCE (MoCo v2)")
+    add("--queue-size", type=common.positive(int), help="negatives Q kept (MoCo; preset)")
+    add("--ema-momentum", type=common.positive(float, zero=True), help="m: theta_k <- m theta_k + (1-m) theta_q")
+    add("--bn", choices=["sync", "shuffle"], help="batch norm under torchrun: over all, or MoCo's own (preset)")
+    add("--negative-paths", type=common.positive(int), help="M random paths an image (HIRL; preset)")
+    add("--path-weight", type=common.positive(float), default=1.0, help="of the path loss (HIRL: 1)")
+    return common.resolve_arguments(p, PRESETS, argv)
+
+
+# ---- [shared] encoder
+class Encoder(nn.Module):
+    """Backbone and MLP projector: (B, 3, H, W) -> (B, D), raw: not yet on the unit sphere."""
+
+    def __init__(self, arch, stem, dim):
+        super().__init__()
+        self.backbone, width = common.backbone(arch, stem)
+        self.projector = nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, dim))
+
+    def forward(self, x):
+        return self.projector(self.backbone(x))
+
+
+# ---- [shared: hirl] heads
+def level_head(dim):
+    """HIRL's head of one level, (B, D) -> (B, D); it reads the raw projection."""
+    return nn.Sequential(nn.Linear(dim, dim, bias=False), nn.BatchNorm1d(dim), nn.ReLU(inplace=True),
+                         nn.Linear(dim, dim))
+
+
+# ---- [shared: moco] model
+class MoCo(nn.Module):
+    """Query encoder, its slow copy for the keys, a queue of past keys; `heads` is the method's own."""
+
+    def __init__(self, encoder, dim, queue_size, heads=()):
+        super().__init__()
+        self.encoder_q = encoder
+        self.encoder_k = copy.deepcopy(encoder).requires_grad_(False)
+        self.heads = nn.ModuleList(heads)
+        self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))  # (Q, D)
+        self.register_buffer("queue_ptr", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def update_key_encoder(self, ema_momentum):
+        """theta_k <- m theta_k + (1-m) theta_q: parameters only, batch-norm statistics are its own."""
+        for p_k, p_q in zip(self.encoder_k.parameters(), self.encoder_q.parameters()):
+            p_k.lerp_(p_q, 1 - ema_momentum)  # MoCo Eq. 2
+
+    @torch.no_grad()
+    def enqueue(self, keys):
+        """The newest keys replace the oldest; any number of them, the queue wraps around."""
+        size = len(self.queue)
+        row = (self.queue_ptr + torch.arange(len(keys), device=keys.device)) % size
+        self.queue[row[-size:]] = keys[-size:].to(self.queue.dtype)
+        self.queue_ptr.copy_((self.queue_ptr + len(keys)) % size)
+
+
+def shuffled_batch_norm(encode, view, generator):
+    """MoCo's shuffled BN: keys (b, D) computed in batches mixed across ranks, so that statistics tell nothing."""
+    everyone = common.all_gather_rows(view)  # (B, 3, H, W) of all ranks
+    order, mine = torch.randperm(len(everyone), generator=generator), common.local_rows(len(everyone))
+    keys = common.all_gather_rows(encode(everyone[order[mine]]))  # (B, D) in shuffled order
+    return keys[order.argsort()[mine].to(keys.device)]
+
+
+# ---- [shared: moco] loss
+def info_nce(q, k, queue, temperature):
+    """The query picks its own key among the queue: -log exp(q.k/T) / (exp(q.k/T) + sum_j exp(q.u_j/T)).
+
+    q, k (B, D) unit rows, queue (Q, D) unit rows u_j; the gradient goes to q alone. Returns a scalar;
+    a network that tells nothing apart scores ln(1 + Q). Source: MoCo (1911.05722) Eq. 1.
+    """
+    pos = (q * k.detach()).sum(dim=1, keepdim=True)  # (B, 1)
+    neg = q @ queue.detach().T  # (B, Q)
+    logits = torch.cat([pos, neg], dim=1) / temperature  # (B, 1+Q), the answer is column 0
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device))  # MoCo Eq. 1
+
+
+def main(args):
+    # ---- [shared] data
+    device = common.set_up(args)
+    run = common.Run(args)
+    train, test = common.load_data(args.data, args.data_root, device)
+    batch_size = common.fit_batch(args, len(train))
+    clusters = common.fit_clusters(args, len(train))
+    steps_per_epoch = len(train) // batch_size
+    peak_lr = args.base_lr * batch_size / 256
+    augmentation = AUGMENTATIONS[args.preset]._replace(size=args.image_size)
+    loader = dict(device=device, workers=args.workers)
+
+    # ---- [method] model
+    queue_size = common.at_most("queue_size", args.queue_size, len(train), args)
+    model = MoCo(Encoder(args.arch, args.stem, args.dim), args.dim, queue_size,
+                 heads=[level_head(args.dim) for _ in clusters])
+    if args.bn == "sync":
+        common.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
+    model.to(device, memory_format=torch.channels_last)
+    encode_q, encode_k = (torch.compile(encoder) if args.compile else encoder
+                          for encoder in (model.encoder_q, model.encoder_k))
+    chance = {"moco": math.log(1 + queue_size)}
+    exported, clustered = model.encoder_q, model.encoder_k  # the one people take, the one that is clustered
+
+    # ---- [method] optimizer
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], peak_lr,
+                                momentum=0.9, weight_decay=args.weight_decay)
+
+    # ---- [shared] resume
+    run.start(args, dict(pictures=len(train), fingerprint=train.fingerprint(), clusters=clusters,
+                         batch_size=batch_size, peak_lr=peak_lr, steps_per_epoch=steps_per_epoch,
+                         processes=common.world()[1], device=str(device),
+                         chance_level_loss={name: round(loss, 4) for name, loss in chance.items()}))
+    hierarchy, meter, start_epoch, start_step = None, common.Meter(), 0, 0
+    if state := run.load(device):
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start_epoch, start_step = state["epoch"], state["step"]
+        hierarchy = state["hierarchy"] and common.Hierarchy(*state["hierarchy"])
+        meter = common.Meter(state["meter"])
+
+    def save(epoch, step):
+        run.save(model=model.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch, step=step,
+                 hierarchy=hierarchy and tuple(hierarchy), meter=meter.state())
+
+    def features(network, images):  # (n, F) of this rank's rows, in evaluation mode
+        return common.extract_features(network, images, args.image_size, amp=args.amp, **loader)
+
+    def knn():  # percent a label level
+        return common.knn_accuracy(train, test, lambda images: features(exported.backbone, images))
+
+    # ---- [shared] epochs
+    if not run.rows(before=start_epoch + 1):
+        run.write(dict(epoch=0, knn=knn(), knn_pixels=common.knn_of_pixels(train, test, args.image_size, device)))
+    for epoch in range(start_epoch, args.epochs):
+        if clusters and epoch >= args.warmup_epochs and start_step == 0:
+            x = F.normalize(features(clustered, train), dim=1)  # (n, D)
+            hierarchy = common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=args.seed + epoch)
+            hierarchy = hierarchy._replace(assign=[common.all_gather_rows(a) for a in hierarchy.assign])
+        batches = common.batches(train, batch_size, [augmentation] * 2, seed=args.seed, epoch=epoch,
+                                 start=start_step, **loader)
+        for step, index, (view_q, view_k) in meter.timed(common.progress(batches, steps_per_epoch - start_step, epoch)):
+            done = (epoch + step / steps_per_epoch) / args.epochs
+            lr = 0.5 * peak_lr * (1 + math.cos(math.pi * done))
+            optimizer.param_groups[0]["lr"] = lr
+            place = (args.seed, epoch, step)
+
+            # ---- [shared: moco] queries and keys
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                raw_q = encode_q(view_q).float()  # (B, D)
+                with torch.no_grad():  # no gradient to keys
+                    model.update_key_encoder(args.ema_momentum)  # before encoding
+                    if args.bn == "shuffle" and common.world()[1] > 1:
+                        k = shuffled_batch_norm(encode_k, view_k, common.random_state(*place, "shuffle")).float()
+                    else:
+                        k = encode_k(view_k).float()
+            q, k = F.normalize(raw_q, dim=1), F.normalize(k, dim=1)
+
+            # ---- [method] losses
+            losses = {"moco": info_nce(q, k, model.queue, args.temperature)}  # queue of before this step
+            if hierarchy:
+                z = F.normalize(torch.stack([head(raw_q) for head in model.heads], dim=1), dim=2)  # (B, L, D)
+                leaves = torch.randint(len(hierarchy.prototypes[0]), (batch_size, args.negative_paths),
+                                       generator=common.random_state(*place, "negative paths"))
+                leaves = leaves[common.local_rows(batch_size)].to(device)  # (B, M)
+                losses["path"] = args.path_weight * common.semantic_path_loss(z, hierarchy, index, leaves)
+
+            # ---- [shared] step
+            optimizer.zero_grad(set_to_none=True)
+            sum(losses.values()).backward()
+            common.average_gradients(model.parameters())
+            optimizer.step()
+
+            # ---- [shared: moco] queue
+            model.enqueue(common.all_gather_rows(k))
+
+            # ---- [shared] log
+            meter.add(step, {**losses, "feature_std": q.detach().std(dim=0).mean() * args.dim ** 0.5})
+            run.stop_if_asked(lambda: save(epoch, step + 1))
+        last = epoch + 1 == args.epochs
+        run.write(dict(epoch=epoch + 1, **meter.means(), lr=optimizer.param_groups[0]["lr"],
+                       **meter.speed(batch_size),
+                       knn=knn() if last or (epoch + 1) % args.eval_every == 0 else None,
+                       clusters_in_use=hierarchy and common.clusters_in_use(hierarchy),
+                       unreadable=len(train.unreadable)))
+        meter, start_step = common.Meter(), 0
+        save(epoch + 1, 0)
+
+    # ---- [shared] what remains
+    run.save_backbone(exported.backbone)
+    if clusters:
+        x = F.normalize(features(clustered, train), dim=1)
+        hierarchy = common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=args.seed)
+        hierarchy = hierarchy._replace(assign=[common.all_gather_rows(a) for a in hierarchy.assign])
+        common.write_tree(run.folder, train, x, hierarchy)
+    common.verdict(run, train)
+
+
+# ---- [shared] entry
+if __name__ == "__main__":
+    common.launch(main, parse_args)
