@@ -27,6 +27,8 @@ Changes relative to: nothing, read this script first; the siblings say what they
 Differs from paper or released code
   path loss     scores against all prototypes, then picks: same value and gradient, less time and memory
   phi           computed with the tree, unused by HIRL's loss, as in the release
+  small data    presets below ImageNet use a batch norm in the projector (--projector mlp-bn) and a faster
+                ema_momentum: at few steps MoCo v2's own head keeps all embeddings in one direction for long
   queue         any batch and queue size; the release needs one to divide the other
   batch norm    over the whole batch under torchrun (--bn sync), so G processes equal one; --bn shuffle is
                 MoCo's own. On one device shuffling is a permutation inside one batch, a no-op: left out
@@ -45,18 +47,18 @@ import common
 
 # ---- [method] presets: one column a data scale, chosen by --data, printed at start
 PRESETS = {
-    "textures": dict(arch="tiny", stem="3x3", image_size=32, epochs=20, batch_size=64, base_lr=0.24,
-                     weight_decay=5e-4, ema_momentum=0.99, queue_size=512, clusters=[108, 27, 9],
-                     warmup_epochs=10, negative_paths=200, bn="sync"),
-    "cifar": dict(arch="resnet18", stem="3x3", image_size=32, epochs=200, batch_size=512, base_lr=0.06,
-                  weight_decay=5e-4, ema_momentum=0.99, queue_size=4096, clusters=[1000, 200, 40],
+    "textures": dict(arch="tiny", stem="3x3s2", projector="mlp-bn", image_size=32, epochs=20, batch_size=64,
+                     base_lr=0.6, weight_decay=5e-4, ema_momentum=0.6, queue_size=256, clusters=[108, 27, 9],
+                     warmup_epochs=8, negative_paths=100, bn="sync"),
+    "cifar": dict(arch="resnet18", stem="3x3", projector="mlp-bn", image_size=32, epochs=200, batch_size=512,
+                  base_lr=0.06, weight_decay=5e-4, ema_momentum=0.99, queue_size=4096, clusters=[1000, 200, 40],
                   warmup_epochs=20, negative_paths=500, bn="sync"),
-    "photos": dict(arch="resnet18", stem="7x7", image_size=96, epochs=200, batch_size=256, base_lr=0.06,
-                   weight_decay=5e-4, ema_momentum=0.99, queue_size=4096, clusters=[1000, 200, 40],
+    "photos": dict(arch="resnet18", stem="7x7", projector="mlp-bn", image_size=96, epochs=200, batch_size=256,
+                   base_lr=0.06, weight_decay=5e-4, ema_momentum=0.99, queue_size=4096, clusters=[1000, 200, 40],
                    warmup_epochs=20, negative_paths=500, bn="sync"),
-    "imagenet": dict(arch="resnet50", stem="7x7", image_size=224, epochs=200, batch_size=256, base_lr=0.03,
-                     weight_decay=1e-4, ema_momentum=0.999, queue_size=16384, clusters=[30000, 10000, 1000],
-                     warmup_epochs=20, negative_paths=1000, bn="shuffle"),
+    "imagenet": dict(arch="resnet50", stem="7x7", projector="mlp", image_size=224, epochs=200, batch_size=256,
+                     base_lr=0.03, weight_decay=1e-4, ema_momentum=0.999, queue_size=16384,
+                     clusters=[30000, 10000, 1000], warmup_epochs=20, negative_paths=1000, bn="shuffle"),
 }
 
 # ---- [shared: moco] augmentation: MoCo v2's, less blur at 32 px
@@ -79,7 +81,8 @@ def shared_arguments():
     add("--out", help="run folder (default: runs/<script>-<data>-<seed>)")
     add("--resume", action="store_true", help="continue the run in --out where it stopped")
     add("--arch", help="tiny, or a torchvision model that ends in fc, as resnet50 (preset)")
-    add("--stem", choices=["3x3", "7x7"], help="first layer: 3x3 without max-pool, or torchvision's (preset)")
+    add("--stem", choices=list(common.STEMS), help="first layer: 3x3 without max-pool, or torchvision's (preset)")
+    add("--projector", choices=["mlp", "mlp-bn"], help="two linear layers, or with batch norm between (preset)")
     add("--image-size", type=common.positive(int), help="side of the views, pixels (preset)")
     add("--dim", type=common.positive(int), default=128, help="width D of the embedding")
     add("--epochs", type=common.positive(int), help="passes over the data (preset)")
@@ -105,7 +108,8 @@ def parse_args(argv=None):
     add = p.add_argument
     add("--temperature", type=common.positive(float), default=0.2, help="of InfoNCE (MoCo v2)")
     add("--queue-size", type=common.positive(int), help="negatives Q kept (MoCo; preset)")
-    add("--ema-momentum", type=common.positive(float, zero=True), help="m: theta_k <- m theta_k + (1-m) theta_q")
+    add("--ema-momentum", type=common.positive(float, zero=True, most=1),
+        help="m: theta_k <- m theta_k + (1-m) theta_q (MoCo Eq. 2; preset)")
     add("--bn", choices=["sync", "shuffle"], help="batch norm under torchrun: over all, or MoCo's own (preset)")
     add("--negative-paths", type=common.positive(int), help="M random paths an image (HIRL; preset)")
     add("--path-weight", type=common.positive(float), default=1.0, help="of the path loss (HIRL: 1)")
@@ -116,10 +120,12 @@ def parse_args(argv=None):
 class Encoder(nn.Module):
     """Backbone and MLP projector: (B, 3, H, W) -> (B, D), raw: not yet on the unit sphere."""
 
-    def __init__(self, arch, stem, dim):
+    def __init__(self, arch, stem, projector, dim):
         super().__init__()
         self.backbone, width = common.backbone(arch, stem)
-        self.projector = nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, dim))
+        norm = [nn.BatchNorm1d(width)] if projector == "mlp-bn" else []
+        self.projector = nn.Sequential(nn.Linear(width, width), *norm, nn.ReLU(inplace=True),
+                                       nn.Linear(width, dim))
 
     def forward(self, x):
         return self.projector(self.backbone(x))
@@ -194,7 +200,7 @@ def main(args):
 
     # ---- [method] model
     queue_size = common.at_most("queue_size", args.queue_size, len(train), args)
-    model = MoCo(Encoder(args.arch, args.stem, args.dim), args.dim, queue_size,
+    model = MoCo(Encoder(args.arch, args.stem, args.projector, args.dim), args.dim, queue_size,
                  heads=[level_head(args.dim) for _ in clusters])
     if args.bn == "sync":
         common.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
@@ -214,9 +220,7 @@ def main(args):
                          processes=common.world()[1], device=str(device),
                          chance_level_loss={name: round(loss, 4) for name, loss in chance.items()}))
     hierarchy, meter, start_epoch, start_step = None, common.Meter(), 0, 0
-    if state := run.load(device):
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+    if state := run.load(device, model=model, optimizer=optimizer):
         start_epoch, start_step = state["epoch"], state["step"]
         hierarchy = state["hierarchy"] and common.Hierarchy(*state["hierarchy"])
         meter = common.Meter(state["meter"])
@@ -231,17 +235,20 @@ def main(args):
     def knn():  # percent a label level
         return common.knn_accuracy(train, test, lambda images: features(exported.backbone, images))
 
+    def grow_tree(x, seed):  # this rank's features (n, D), unit rows -> the Hierarchy of all N images
+        hierarchy = common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=seed)
+        return hierarchy._replace(assign=[common.all_gather_rows(assign) for assign in hierarchy.assign])
+
     # ---- [shared] epochs
     if not run.rows(before=start_epoch + 1):
         run.write(dict(epoch=0, knn=knn(), knn_pixels=common.knn_of_pixels(train, test, args.image_size, device)))
     for epoch in range(start_epoch, args.epochs):
         if clusters and epoch >= args.warmup_epochs and start_step == 0:
-            x = F.normalize(features(clustered, train), dim=1)  # (n, D)
-            hierarchy = common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=args.seed + epoch)
-            hierarchy = hierarchy._replace(assign=[common.all_gather_rows(a) for a in hierarchy.assign])
+            hierarchy = grow_tree(F.normalize(features(clustered, train), dim=1), seed=args.seed + epoch)
         batches = common.batches(train, batch_size, [augmentation] * 2, seed=args.seed, epoch=epoch,
                                  start=start_step, **loader)
-        for step, index, (view_q, view_k) in meter.timed(common.progress(batches, steps_per_epoch - start_step, epoch)):
+        batches = meter.timed(common.progress(batches, steps_per_epoch - start_step, epoch))
+        for step, index, (view_q, view_k) in batches:
             done = (epoch + step / steps_per_epoch) / args.epochs
             lr = 0.5 * peak_lr * (1 + math.cos(math.pi * done))
             optimizer.param_groups[0]["lr"] = lr
@@ -292,9 +299,7 @@ def main(args):
     run.save_backbone(exported.backbone)
     if clusters:
         x = F.normalize(features(clustered, train), dim=1)
-        hierarchy = common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=args.seed)
-        hierarchy = hierarchy._replace(assign=[common.all_gather_rows(a) for a in hierarchy.assign])
-        common.write_tree(run.folder, train, x, hierarchy)
+        common.write_tree(run.folder, train, x, grow_tree(x, seed=args.seed))
     common.verdict(run, train)
 
 

@@ -43,11 +43,11 @@ def problem(args):
     assign = [torch.randint(args.clusters[0], (10_000,), generator=g)]
     for up in parent:
         assign.append(up[assign[-1]])
-    hierarchy = common.Hierarchy(*[[t.to(args.device) for t in level] for level in (prototypes, assign, parent, [])])
+    tree = [[level.to(args.device) for level in part] for part in (prototypes, assign, parent, [])]
     z = F.normalize(torch.randn(args.batch, len(args.clusters), args.dim, generator=g), dim=2).to(args.device)
     index = torch.randint(10_000, (args.batch,), generator=g).to(args.device)
     leaves = torch.randint(args.clusters[0], (args.batch, args.paths), generator=g).to(args.device)
-    return z.requires_grad_(), hierarchy, index, leaves
+    return z.requires_grad_(), common.Hierarchy(*tree), index, leaves
 
 
 def step(loss, inputs):
@@ -62,6 +62,11 @@ def step(loss, inputs):
 
 
 LOSSES = {"gathering": gathering_path_loss, "common.py": common.semantic_path_loss}
+
+
+def cpu_name():
+    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def high_water():
@@ -97,7 +102,7 @@ def main():
     if args.peak_of:
         return print(peak_memory(args.peak_of, args))
     print(f"{time.strftime('%Y-%m-%d')}  torch {torch.__version__}  {torch.get_num_threads()} threads  "
-          f"{torch.cuda.get_device_name() if args.device == 'cuda' else platform.processor() or platform.machine()}")
+          f"{torch.cuda.get_device_name() if args.device == 'cuda' else cpu_name()}")
     print(f"B {args.batch}, D {args.dim}, K {args.clusters}, M {args.paths}; forward and backward, "
           f"median of {args.rounds} alternating rounds")
     inputs = problem(args)

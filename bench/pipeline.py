@@ -9,7 +9,6 @@ with / without clustering and path loss, from the measured step, feature pass an
 """
 
 import argparse
-import platform
 import statistics
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from losses import cpu_name
 from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
 
@@ -38,7 +38,7 @@ def main():
     p.add_argument("--data", default="textures")
     p.add_argument("--data-root", default="data")
     p.add_argument("--arch", default="tiny")
-    p.add_argument("--stem", default="3x3")
+    p.add_argument("--stem", default="3x3s2")
     p.add_argument("--batch-size", type=int, default=64)
     p.add_argument("--steps", type=int, default=20, help="of each kind")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -49,7 +49,7 @@ def main():
     view = hirl_moco.AUGMENTATIONS["textures" if args.data == "textures" else "cifar"]
     torch.manual_seed(0)
     clusters = [k for k in preset["clusters"] if k < len(train) / 4]
-    model = hirl_moco.MoCo(hirl_moco.Encoder(args.arch, args.stem, 128), 128, preset["queue_size"],
+    model = hirl_moco.MoCo(hirl_moco.Encoder(args.arch, args.stem, "mlp-bn", 128), 128, preset["queue_size"],
                            [hirl_moco.level_head(128) for _ in clusters])
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.01, momentum=0.9)
@@ -94,20 +94,22 @@ def main():
         for name, function in kinds.items():
             seconds[name].append(clock(function, device)[0])
     took = {name: statistics.median(times[2:]) for name, times in seconds.items()}
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
     print(f"{time.strftime('%Y-%m-%d')}  torch {torch.__version__}  {torch.get_num_threads()} threads  {name}")
-    print(f"{args.data}, {len(train)} pictures, {args.arch} {args.stem}, batch {args.batch_size}, clusters {clusters}")
+    print(f"{args.data}, {len(train)} pictures, {args.arch} {args.stem}, batch {args.batch_size}, "
+          f"clusters {clusters}")
     for name, t in took.items():
         print(f"{name:36} {1000 * t:8.1f} ms   {2 * args.batch_size / t:9.0f} views/s")
-    print(f"step on the pipeline / on a fixed batch        {took['step, real pipeline'] / took['step, fixed batch']:.3f}"
-          "   (at most 1.1)")
+    print("step on the pipeline / on a fixed batch        "
+          f"{took['step, real pipeline'] / took['step, fixed batch']:.3f}   (at most 1.1)")
     print(f"pipeline / PIL transforms                      "
           f"{took['PIL transforms, one process'] / took['pipeline alone']:.1f} x faster")
     steps = len(train) // args.batch_size
     plain, full = steps * took["step, real pipeline"], steps * took["step with path loss, real pipeline"]
     print(f"epoch: {plain:.1f} s of steps; with hierarchy {full:.1f} s of steps + {features_s:.1f} s features + "
           f"{kmeans_s:.1f} s k-means")
-    print(f"epoch with / without hierarchy                 {(full + features_s + kmeans_s) / plain:.3f}   (at most 1.35)")
+    print("epoch with / without hierarchy                 "
+          f"{(full + features_s + kmeans_s) / plain:.3f}   (at most 1.35)")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,348 @@
+"""K-means against faiss-cpu and whatever else is installed: time, objective, memory, in alternation in one process.
+
+    python bench/kmeans.py                              # figures 1, 2, 3 and 5 on the CPU, about six minutes
+    python bench/kmeans.py --figures 2 --data feats.npy # real features instead of the mixture
+    python bench/kmeans.py --device cuda --figures 4    # 1.28M x 128, 30000-10000-1000
+
+Figures: 1 exact mode, shared start; 2 default mode, K >= 1000, shared start and own seeding; 3 the released recipe
+(three levels; faiss niter 20, nredo 5); 4 one GPU; 5 extra memory, repeatability.
+time: median of the rounds. ratio: median over rounds of time / faiss's time in the same round. objective: mean
+squared distance to the nearest returned centroid, one evaluator in float64 for all. memory: rise of the process's
+high-water mark (Linux VmHWM, reset before the call) in a fresh process with the data loaded and the library warm; on
+CUDA, max_memory_allocated beyond the data. Shared start: same random rows as first centroids.
+"""
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from common import Rows, hierarchical_kmeans, kmeans, near_centroids
+
+ITERATIONS, CLOCK = 20, time.perf_counter
+
+
+# ---- contestants: (x (N, D) numpy or CUDA tensor, k, seed, init or None) -> centroids (k, D)
+
+def ours(x, k, seed, init, exact=False):
+    start = None if init is None else torch.as_tensor(init)
+    return kmeans(torch.as_tensor(x), k, iterations=ITERATIONS, seed=seed, init=start, exact=exact)[0]
+
+
+def ours_exact(x, k, seed, init):
+    return ours(x, k, seed, init, exact=True)
+
+
+def faiss_kmeans(x, k, seed, init, nredo=1, gpu=False):
+    import faiss
+
+    x = np.asarray(torch.as_tensor(x).cpu())
+    run = faiss.Kmeans(x.shape[1], k, niter=ITERATIONS, nredo=nredo, seed=seed + 1, gpu=gpu,
+                       max_points_per_centroid=10**9, min_points_per_centroid=1)
+    run.train(x, init_centroids=init if init is None else np.asarray(init))
+    run.assign(x)  # ours returns the assignment too
+    return run.centroids
+
+
+def faiss_gpu(x, k, seed, init):
+    return faiss_kmeans(x, k, seed, init, gpu=True)
+
+
+def sklearn_kmeans(x, k, seed, init):
+    from sklearn.cluster import KMeans
+
+    start = "random" if init is None else np.asarray(init)
+    return KMeans(k, init=start, n_init=1, max_iter=ITERATIONS, tol=0, random_state=seed).fit(x).cluster_centers_
+
+
+def fastkmeans(x, k, seed, init):
+    from fastkmeans import FastKMeans
+
+    x = np.asarray(torch.as_tensor(x).cpu())
+    run = FastKMeans(x.shape[1], k, niter=ITERATIONS, seed=seed, max_points_per_centroid=None)
+    run.train(x)
+    run.predict(x)
+    return run.centroids
+
+
+def flash_kmeans(x, k, seed, init):
+    from flash_kmeans import batch_kmeans_Euclid
+
+    start = None if init is None else torch.as_tensor(init, device="cuda")[None].half()
+    return batch_kmeans_Euclid(x[None].half(), k, max_iters=ITERATIONS, init_centroids=start)[1][0].float()
+
+
+CONTESTANTS = {f.__name__: f for f in (faiss_kmeans, ours_exact, ours, sklearn_kmeans, fastkmeans, flash_kmeans, faiss_gpu)}
+
+
+def installed(name, device):
+    """Whether a contestant can run here."""
+    from importlib.util import find_spec
+
+    cuda = device != "cpu"
+    if name == "faiss_gpu":
+        import faiss
+
+        return cuda and getattr(faiss, "get_num_gpus", lambda: 0)() > 0
+    if name == "flash_kmeans":
+        return cuda and find_spec("flash_kmeans") is not None
+    return find_spec({"sklearn_kmeans": "sklearn", "fastkmeans": "fastkmeans"}.get(name, "torch")) is not None
+
+
+# ---- data and measures
+
+def mixture(n, d, k, seed=1234):
+    """Overlapping Gaussians of uneven weight on the unit sphere, k / 3 of them."""
+    g = torch.Generator().manual_seed(seed)
+    parts = max(4, k // 3)
+    centre, weight = torch.randn(parts, d, generator=g), torch.rand(parts, generator=g).square() + 0.05
+    which = torch.multinomial(weight, n, True, generator=g)
+    return F.normalize(centre[which] + torch.randn(n, d, generator=g), dim=1).numpy()
+
+
+def objective(x, centroids):
+    """Mean squared distance to the nearest centroid, distances in float64."""
+    x, c = torch.as_tensor(x), torch.as_tensor(centroids).to(torch.as_tensor(x).device)
+    near = near_centroids(x, c)[:, 0]
+    return sum((a.double() - c[b].double()).square().sum().item() for a, b in zip(x.split(8192), near.split(8192))) / len(x)
+
+
+def tree_objective(x, labels):
+    """Mean squared distance of the images to the mean of their group at each level: comparable between trees."""
+    x, out = torch.as_tensor(x).double(), []
+    for label in labels:
+        sums = torch.zeros(int(label.max()) + 1, x.shape[1], dtype=torch.double).index_add_(0, label, x)
+        mean = sums / label.bincount().clamp(min=1)[:, None]
+        out.append((x - mean[label]).square().sum(1).mean().item())
+    return out
+
+
+def clock(call, device):
+    if device != "cpu":
+        torch.cuda.synchronize()
+    start = CLOCK()
+    out = call()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return CLOCK() - start, out
+
+
+def alternate(calls, rounds, device):
+    """{name: call(seed)} -> {name: ([seconds], [results])}; the order turns round every time."""
+    out = {name: ([], []) for name in calls}
+    for seed in range(rounds):
+        for name in list(calls)[:: 1 if seed % 2 else -1]:
+            seconds, result = clock(lambda: calls[name](seed), device)
+            out[name][0].append(seconds)
+            out[name][1].append(result)
+    return out
+
+
+def peak_memory(name, x, k, init, device):
+    """MiB beyond the data (see the top)."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        CONTESTANTS[name](x, k, 0, init)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    if not Path("/proc/self/clear_refs").exists():
+        return float("nan")
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(f"{folder}/x.npy", x)
+        if init is not None:
+            np.save(f"{folder}/init.npy", init)
+        command = [sys.executable, __file__, "--child", name, folder, str(k), "--threads", str(torch.get_num_threads())]
+        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def child(name, folder, k):
+    """In a fresh process: load, warm up on a small problem, reset the mark, run, print the rise in MiB."""
+    def mark(field):
+        return int(next(line for line in open("/proc/self/status") if line.startswith(field)).split()[1]) / 1024
+
+    x, start = np.load(f"{folder}/x.npy"), Path(f"{folder}/init.npy")
+    init = np.load(start) if start.exists() else None
+    CONTESTANTS[name](x[:500].copy(), 10, 0, None)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = mark("VmRSS")
+    CONTESTANTS[name](x, k, 0, init)
+    print(mark("VmHWM") - before)
+
+
+# ---- figures
+
+class Table:
+    def __init__(self):
+        self.rows = []
+        print(f"{'problem':44}{'contestant':18}{'time s':>9}{'x faiss':>9}{'objective':>12}{'x faiss':>10}{'extra MiB':>11}")
+
+    def add(self, problem, contestant, seconds, ratio, value, value_ratio, memory=float("nan"), note=""):
+        self.rows.append(dict(problem=problem, contestant=contestant, seconds=seconds, time_ratio=ratio, objective=value,
+                              objective_ratio=value_ratio, extra_mib=memory, note=note))
+        print(f"{problem:44}{contestant:18}{seconds:9.3f}{ratio:9.3f}{value:12.6f}{value_ratio:10.5f}{memory:11.1f}  {note}",
+              flush=True)
+
+
+def compare(table, title, x, k, names, rounds, shared, device, base="faiss_kmeans"):
+    """One problem, all contestants that run here."""
+    def start(seed):
+        rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:k]
+        return torch.as_tensor(x)[rows].cpu().numpy() if shared else None
+
+    names = [name for name in names if installed(name, device)]
+    calls = {name: lambda seed, f=CONTESTANTS[name]: f(x, k, seed, start(seed)) for name in names}
+    for name in names:  # warm up
+        CONTESTANTS[name](x[:2000], min(k, 100), 0, None)
+    out = alternate(calls, rounds, device)
+    value = {name: [objective(x, c) for c in out[name][1]] for name in names}
+    base = base if base in names else names[0]
+    for name in names:
+        ratio = statistics.median(a / b for a, b in zip(out[name][0], out[base][0]))
+        value_ratio = statistics.median(a / b for a, b in zip(value[name], value[base]))
+        again = ""
+        if name.startswith("ours"):
+            again = f"repeatable: {torch.equal(out[name][1][0], calls[name](0))}"
+        memory = peak_memory(name, x, k, start(0), device)
+        table.add(title, name, statistics.median(out[name][0]), ratio, statistics.median(value[name]), value_ratio,
+                  memory, again)
+
+
+def faiss_tree(x, clusters, seed):
+    """The released recipe: faiss niter 20, nredo 5, each level on the normalised centroids below -> labels."""
+    import faiss
+
+    items, labels = x, []
+    for k in clusters:
+        c = faiss_kmeans(items, k, seed, None, nredo=5)
+        index = faiss.IndexFlatL2(x.shape[1])
+        index.add(c)
+        label = torch.from_numpy(index.search(items, 1)[1][:, 0])
+        labels.append(label if not labels else label[labels[-1]])
+        items = np.ascontiguousarray(F.normalize(torch.from_numpy(c), dim=1).numpy())
+    return labels
+
+
+def recipes(table, x, rounds):
+    for clusters in ((1000, 100, 10), (3000, 2000, 1000)):
+        calls = {"faiss_kmeans": lambda seed: faiss_tree(x, clusters, seed),
+                 "ours": lambda seed: hierarchical_kmeans(torch.as_tensor(x), clusters, temperature=0.2, seed=seed).assign}
+        out = alternate(calls, rounds, "cpu")
+        value = {name: np.median([tree_objective(x, labels) for labels in out[name][1]], 0) for name in calls}
+        for name in calls:
+            ratio = statistics.median(a / b for a, b in zip(out[name][0], out["faiss_kmeans"][0]))
+            for level, k in enumerate(clusters):
+                table.add(f"3 tree {'-'.join(map(str, clusters))} level {level}", name, statistics.median(out[name][0]),
+                          ratio, value[name][level], value[name][level] / value["faiss_kmeans"][level])
+
+
+def gpu(table, n, d, clusters, rounds):
+    """One exact pass by CUDA events, level 0 of all contestants, the whole tree."""
+    x, k = torch.from_numpy(mixture(n, d, 3000)).cuda(), clusters[0]
+    c = x[torch.randperm(n, generator=torch.Generator().manual_seed(0))[:k].cuda()].clone()
+    for title, half in (("half-precision scores", True), ("float32 scores", False)):
+        times = []
+        for _ in range(rounds + 1):
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            for _, block in Rows(x).blocks():
+                near_centroids(block, c, half=half)
+            stop.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(stop) / 1e3)
+        table.add(f"4 exact pass, {title}", "ours", statistics.median(times[1:]), float("nan"), float("nan"), float("nan"))
+    compare(table, f"4 {n}x{d} K={k}", x, k, ["ours", "flash_kmeans", "fastkmeans", "faiss_gpu"], rounds, True, "cuda",
+            base="faiss_gpu")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    times = [clock(lambda: hierarchical_kmeans(x, clusters, temperature=0.2), "cuda")[0] for _ in range(rounds + 1)]
+    table.add(f"4 tree {'-'.join(map(str, clusters))}", "ours", statistics.median(times[1:]), float("nan"), float("nan"),
+              float("nan"), (torch.cuda.max_memory_allocated() - before) / 2**20)
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--figures", type=int, nargs="+", default=None, help="which of 1 2 3 4 (memory, 5, is in 1 and 2)")
+    p.add_argument("--device", default="cpu", help="cpu or cuda")
+    p.add_argument("--sizes", help="NxDxK,NxDxK instead of the listed problems of figures 1 and 2; 4: NxDxK0-K1-K2")
+    p.add_argument("--data", help=".npy (N, D) float32 instead of the mixture (N and D of the sizes ignored)")
+    p.add_argument("--rounds", type=int, default=3, help="runs of each contestant, seeds 0, 1, ...")
+    p.add_argument("--threads", type=int, default=os.cpu_count())
+    p.add_argument("--cpu-clock", action="store_true", help="CPU seconds, for a machine with other work; one thread only")
+    p.add_argument("--only", nargs="+", choices=CONTESTANTS, help="only these contestants")
+    p.add_argument("--json", "--out", dest="json", help="write the rows here")
+    p.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    return p.parse_args(argv)
+
+
+def versions():
+    from importlib.metadata import PackageNotFoundError, version
+
+    for name in ("torch", "numpy", "faiss-cpu", "faiss-gpu", "faiss-gpu-cu12", "scikit-learn", "fastkmeans", "flash-kmeans"):
+        try:
+            yield f"{name} {version(name)}"
+        except PackageNotFoundError:
+            pass
+
+
+def main(args):
+    if args.cpu_clock:
+        global CLOCK
+        CLOCK, args.threads = time.process_time, 1
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    torch.set_num_threads(args.threads)
+    try:
+        import faiss
+
+        faiss.omp_set_num_threads(args.threads)
+    except ImportError:
+        pass
+    if args.child:
+        return child(args.child[0], args.child[1], int(args.child[2]))
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
+               platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
+    print(f"{datetime.date.today()}  {cpu}, {args.threads} threads  {', '.join(versions())}  rounds {args.rounds}"
+          f"{'  CPU seconds' if args.cpu_clock else ''}")
+    if args.device != "cpu":
+        print(torch.cuda.get_device_name())
+    table, figures = Table(), args.figures or ([4] if args.device != "cpu" else [1, 2, 3])
+
+    def problems(default):
+        for size in (args.sizes or default).split(","):
+            n, d, k = (int(v) for v in size.lower().split("x"))
+            x = np.load(args.data) if args.data else mixture(n, d, k)
+            yield x, k, f"{x.shape[0]}x{x.shape[1]} K={k}" + (" real" if args.data else "")
+
+    def pick(*names):
+        return [name for name in names if not args.only or name in args.only]
+
+    rivals = "sklearn_kmeans", "fastkmeans"
+    if 1 in figures:
+        for x, k, title in problems("50000x128x1000,50000x128x100,20000x512x300"):
+            compare(table, "1 " + title, x, k, pick("faiss_kmeans", "ours_exact", *rivals), args.rounds, True, args.device)
+    if 2 in figures:
+        for x, k, title in problems("50000x128x1000,50000x128x3000"):
+            for shared in (True, False):
+                compare(table, f"2 {title} {'shared start' if shared else 'own start'}", x, k, pick("faiss_kmeans", "ours"),
+                        args.rounds, shared, args.device)
+    if 3 in figures:
+        recipes(table, np.load(args.data) if args.data else mixture(50000, 128, 1000), args.rounds)
+    if 4 in figures:
+        n, d, clusters = (args.sizes or "1281167x128x30000-10000-1000").split("x")
+        gpu(table, int(n), int(d), [int(k) for k in clusters.split("-")], args.rounds)
+    if args.json:
+        Path(args.json).write_text(json.dumps(table.rows, indent=1))
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,787 @@
+"""What the losses, the k-means and the files promise, checked against loops one can read.
+
+Each loss meets four kinds of test. An oracle: a `slow_` function beside it, explicit loops over the paper's
+symbols in plain Python numbers. Values by hand: a few unit vectors whose angles one can draw. Properties: what
+must hold for any numbers. Golden numbers: the authors' released code, run once on the CPU in double precision
+(tests/golden/*.npz). The code under test is always imported, never written down a second time.
+
+    pytest test_losses.py          or, without pytest,          python test_losses.py
+"""
+
+import ast
+import inspect
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+import typing
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision.transforms.functional as TF
+from torch.testing import assert_close
+
+import common
+import hirl_moco
+
+HERE = Path(__file__).resolve().parent
+
+# All sizes differ, so that a transposed or swapped dimension cannot go unnoticed.
+B, L, D, M, N, Q = 5, 3, 7, 9, 23, 13  # batch, levels, embedding, negative paths, images, queue
+K = (11, 6, 4)  # clusters a level, level 0 the finest
+EXACT = dict(rtol=1e-9, atol=1e-9)  # float64 against the golden numbers and the loops
+SINGLE = dict(rtol=1e-5, atol=1e-6)  # float32 against the same
+
+
+def unit(*shape, seed=0, dtype=torch.float64):
+    """Random unit rows."""
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype), dim=-1)
+
+
+def on_circle(*degrees):
+    """Unit vectors of the plane at these angles: a dot product is the cosine of the difference."""
+    angles = torch.tensor(degrees, dtype=torch.float64).deg2rad()
+    return torch.stack([angles.cos(), angles.sin()], dim=1)
+
+
+def random_tree(sizes=K, dim=D, images=N, seed=0):
+    """A Hierarchy of random prototypes and parents; `concentration` plays no part in HIRL."""
+    generator = torch.Generator().manual_seed(seed)
+    parent = [torch.randint(up, (k,), generator=generator) for k, up in zip(sizes, sizes[1:])]
+    assign = [torch.randint(sizes[0], (images,), generator=generator)]
+    for up in parent:
+        assign.append(up[assign[-1]])
+    prototypes = [unit(k, dim, seed=seed + 10 + level) for level, k in enumerate(sizes)]
+    return common.Hierarchy(prototypes, assign, parent, [])
+
+
+def golden(name):
+    """The arrays of one golden file; a bare number becomes a Python float or int."""
+    arrays = np.load(HERE / "tests" / "golden" / f"{name}.npz")
+    return {key: arrays[key].item() if arrays[key].ndim == 0 else torch.from_numpy(arrays[key])
+            for key in arrays.files}
+
+
+# ---- InfoNCE
+
+
+def slow_info_nce(q, k, queue, tau):
+    """mean over n of -log( exp(q_n.k_n/tau) / (exp(q_n.k_n/tau) + sum_j exp(q_n.u_j/tau)) )."""
+    total = 0.0
+    for q_n, k_n in zip(q.tolist(), k.tolist()):
+        positive = math.exp(sum(a * b for a, b in zip(q_n, k_n)) / tau)
+        negatives = sum(math.exp(sum(a * b for a, b in zip(q_n, u_j)) / tau) for u_j in queue.tolist())
+        total += -math.log(positive / (positive + negatives))
+    return total / len(q)
+
+
+def check_info_nce(info_nce):
+    q, k, queue = unit(B, D, seed=1), unit(B, D, seed=2), unit(Q, D, seed=3)
+    for tau in (0.07, 0.2, 1.0):
+        assert_close(info_nce(q, k, queue, tau).item(), slow_info_nce(q, k, queue, tau), **EXACT)
+    single = info_nce(q.float(), k.float(), queue.float(), 0.2)
+    assert single.dtype == torch.float32 and single.shape == ()
+    assert_close(single.item(), slow_info_nce(q, k, queue, 0.2), **SINGLE)
+
+
+def test_info_nce_equals_the_loops():  # MoCo Eq. 1
+    check_info_nce(hirl_moco.info_nce)
+
+
+def test_info_nce_by_hand():
+    """The query at 0 degrees, its key at 60, two negatives at 90 and 180, temperature 1/2.
+
+    Cosines 1/2, 0, -1; logits 1, 0, -2; loss = log(e^1 + e^0 + e^-2) - 1 = log(1 + e^-1 + e^-3).
+    """
+    loss = hirl_moco.info_nce(on_circle(0), on_circle(60), on_circle(90, 180), temperature=0.5)
+    assert_close(loss.item(), math.log(1 + math.exp(-1) + math.exp(-3)))
+
+
+def test_info_nce_of_equal_logits_is_log_of_one_plus_queue():
+    """A network that tells nothing apart scores ln(1+Q): the chance level that a run prints."""
+    same = unit(1, D)
+    loss = hirl_moco.info_nce(unit(B, D, seed=1), same.expand(B, D), same.expand(Q, D), temperature=0.2)
+    assert_close(loss.item(), math.log(1 + Q))
+
+
+def test_info_nce_does_not_care_for_the_order_of_batch_or_queue():
+    q, k, queue = unit(B, D, seed=1), unit(B, D, seed=2), unit(Q, D, seed=3)
+    loss = hirl_moco.info_nce(q, k, queue, 0.2)
+    order = torch.randperm(B, generator=torch.Generator().manual_seed(0))
+    assert_close(hirl_moco.info_nce(q[order], k[order], queue, 0.2), loss)
+    assert_close(hirl_moco.info_nce(q, k, queue.flip(0), 0.2), loss)
+    assert not torch.isclose(hirl_moco.info_nce(q[order], k, queue, 0.2), loss)  # pairs must stay together
+
+
+def test_info_nce_gradient_reaches_the_query_alone():
+    q, k, queue = (unit(n, D, seed=n).requires_grad_() for n in (B, B, Q))
+    hirl_moco.info_nce(q, k, queue, 0.2).backward()
+    assert q.grad.abs().sum() > 0 and k.grad is None and queue.grad is None
+    assert torch.autograd.gradcheck(lambda x: hirl_moco.info_nce(x, k.detach(), queue.detach(), 0.2), q)
+
+
+def test_info_nce_survives_extreme_logits():
+    """At temperature 0.001 exp(q.k/T) overflows float32 by far; the loss must not."""
+    q = unit(B, D, dtype=torch.float32)
+    assert_close(hirl_moco.info_nce(q, q, -q, 1e-3).item(), 0.0)
+    assert_close(hirl_moco.info_nce(q, -q, q[:1], 1e-3).isfinite().item(), True)
+
+
+# ---- MoCo: the slow encoder and the queue
+
+
+def slow_enqueue(queue, start, keys):
+    """One key after the other takes the oldest place."""
+    queue, place = queue.clone(), start
+    for key in keys:
+        queue[place] = key
+        place = (place + 1) % len(queue)
+    return queue, place
+
+
+def test_queue_takes_any_number_of_keys():
+    """Fewer than fit, wrapping around the end, not dividing the queue, exactly the queue, more than twice it."""
+    model = hirl_moco.MoCo(nn.Linear(2, D), D, Q)
+    assert_close(model.queue.norm(dim=1), torch.ones(Q))  # random unit rows to begin with
+    expected, place = model.queue.clone(), 0
+    for step, count in enumerate((4, 4, 4, 4, 1, Q, Q + 1, 2 * Q + 3, 5, 0)):
+        keys = unit(count, D, seed=step, dtype=torch.float32)
+        expected, place = slow_enqueue(expected, place, keys)
+        model.enqueue(keys)
+        assert model.queue_ptr.item() == place, f"after {count} keys"
+        assert torch.equal(model.queue, expected), f"after {count} keys"
+
+
+def test_queue_holds_the_newest_keys_and_no_graph():
+    model = hirl_moco.MoCo(nn.Linear(2, D), D, 4)
+    for start in range(0, 9, 3):
+        model.enqueue(torch.arange(start, start + 3.0)[:, None].expand(3, D).requires_grad_())
+    assert sorted(model.queue[:, 0].tolist()) == [5, 6, 7, 8] and not model.queue.requires_grad
+
+
+def test_momentum_update_moves_parameters_only():
+    """m = 3/4: 4 <- 3/4 * 4 + 1/4 * 0 = 3. Batch-norm statistics are the key encoder's own."""
+    model = hirl_moco.MoCo(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), D, Q)
+    for p_q, p_k in zip(model.encoder_q.parameters(), model.encoder_k.parameters()):
+        nn.init.zeros_(p_q), nn.init.constant_(p_k, 4.0)
+    model.encoder_q[1].running_mean.fill_(9.0)
+    model.update_key_encoder(0.75)
+    assert all((p == 3).all() and not p.requires_grad for p in model.encoder_k.parameters())
+    assert all((p == 0).all() and p.requires_grad for p in model.encoder_q.parameters())
+    assert (model.encoder_k[1].running_mean == 0).all()
+
+
+class FixtureEncoder(nn.Module):
+    """The two-layer network of the golden MoCo run, under its names."""
+
+    def __init__(self, inputs, hidden, dim):
+        super().__init__()
+        self.fc1, self.fc = nn.Linear(inputs, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc(self.fc1(x).relu())
+
+
+def golden_moco(dtype, tolerance):
+    """Five steps of the official MoCo: logits, loss, gradients, both encoders, queue and pointer."""
+    g = golden("moco")
+    steps, batch, inputs = g["x_q"].shape
+    queue_size, dim = g["queue_init_kd"].shape
+    model = hirl_moco.MoCo(FixtureEncoder(inputs, 8, dim), dim, queue_size).to(dtype)
+    model.queue.copy_(g["queue_init_kd"])
+    model.encoder_q.load_state_dict({n: g[f"q_init.{n}"] for n, _ in model.encoder_q.named_parameters()})
+    model.encoder_k.load_state_dict({n: g[f"k_init.{n}"] for n, _ in model.encoder_k.named_parameters()})
+    optimizer = torch.optim.SGD(model.encoder_q.parameters(), g["lr"], momentum=g["momentum"],
+                                weight_decay=g["weight_decay"])
+    for t in range(steps):
+        q = F.normalize(model.encoder_q(g["x_q"][t].to(dtype)), dim=1)
+        model.update_key_encoder(g["m"])
+        with torch.no_grad():
+            k = F.normalize(model.encoder_k(g["x_k"][t].to(dtype)), dim=1)
+        logits = torch.cat([(q * k).sum(1, keepdim=True), q @ model.queue.T], dim=1) / g["T"]
+        loss = hirl_moco.info_nce(q, k, model.queue, g["T"])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model.enqueue(k)
+        found = {"logits": logits.detach(), "loss": loss.detach(), "keys": k, "queue_dk": model.queue.T,
+                 "queue_ptr": model.queue_ptr}
+        for name, p in model.encoder_q.named_parameters():
+            found |= {f"grad_q.{name}": p.grad, f"q_after.{name}": p.detach()}
+        for name, p in model.encoder_k.named_parameters():
+            found[f"k_after.{name}"] = p
+        for name, value in found.items():
+            assert_close(value.to(g[name].dtype), g[name][t], **tolerance, msg=lambda m: f"{name}, step {t}: {m}")
+
+
+def test_moco_golden():
+    golden_moco(torch.float64, EXACT)
+
+
+def test_moco_golden_in_single_precision():
+    golden_moco(torch.float32, dict(rtol=1e-4, atol=2e-5))
+
+
+# ---- HIRL: the semantic path loss
+
+
+def slow_path_score(z_n, prototypes, path):
+    """S(path) = prod_l (1 + z^l . c^l(path)) / 2."""
+    score = 1.0
+    for level, cluster in enumerate(path):
+        cosine = sum(a * b for a, b in zip(z_n[level].tolist(), prototypes[level][cluster].tolist()))
+        score *= (1 + cosine) / 2
+    return score
+
+
+def slow_path(leaf, parent):
+    """The clusters from a leaf to the root, finest first."""
+    path = [int(leaf)]
+    for up in parent:
+        path.append(int(up[path[-1]]))
+    return path
+
+
+def slow_semantic_path_loss(z, hierarchy, index, negative_leaves, eps=1e-6):
+    """Mean over n of 1/2 [ -log(S(own) + eps) + sum_m w_m (-log(1 - S(m) + eps)) / (sum_m w_m + eps) ]."""
+    total = 0.0
+    for n in range(len(z)):
+        own = [int(assign[index[n]]) for assign in hierarchy.assign]
+        positive = -math.log(slow_path_score(z[n], hierarchy.prototypes, own) + eps)
+        weight = negative = 0.0
+        for leaf in negative_leaves[n]:
+            path = slow_path(leaf, hierarchy.parent)
+            if path == own:
+                continue  # not a negative: w = 0
+            weight += 1
+            negative += -math.log(1 - slow_path_score(z[n], hierarchy.prototypes, path) + eps)
+        total += (positive + negative / (weight + eps)) / 2
+    return total / len(z)
+
+
+def path_batch(sizes=K, negatives=M, batch=B, seed=0):
+    """(z, hierarchy, index, negative_leaves) with random entries; some leaves drawn are the images' own."""
+    hierarchy = random_tree(sizes, seed=seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    index = torch.randint(N, (batch,), generator=generator)
+    leaves = torch.randint(sizes[0], (batch, negatives), generator=generator)
+    leaves[:2, 0] = hierarchy.assign[0][index[:2]]
+    return unit(batch, len(sizes), D, seed=seed + 2), hierarchy, index, leaves
+
+
+def check_semantic_path_loss(semantic_path_loss):
+    for sizes in (K, (8,), (9, 2), (12, 10, 6, 4)):  # one to four levels
+        for negatives in (1, M):
+            batch = path_batch(sizes, negatives, seed=len(sizes))
+            assert_close(semantic_path_loss(*batch).item(), slow_semantic_path_loss(*batch), **EXACT)
+    z, *rest = path_batch()
+    single = semantic_path_loss(z.float(), *rest)
+    assert single.dtype == torch.float32 and single.shape == ()
+    assert_close(single.item(), slow_semantic_path_loss(z, *rest), **SINGLE)
+
+
+def test_path_loss_equals_the_loops():  # HIRL, path score and loss
+    check_semantic_path_loss(common.semantic_path_loss)
+
+
+def test_path_loss_by_hand():
+    """Two leaves at 0 and 180 degrees under one root at 0 degrees; the image belongs to leaf 0.
+
+    Level 0: z at 60 degrees, so (1 + cos 60)/2 = 3/4 for leaf 0 and (1 + cos 120)/2 = 1/4 for leaf 1.
+    Level 1: z at 90 degrees, so 1/2 for the root. S(own path) = 3/8, S(other path) = 1/8.
+    Loss = 1/2 [ -log 3/8 - log(1 - 1/8) ]. The leaf alone would give -log 3/4 for either half.
+    """
+    hierarchy = common.Hierarchy([on_circle(0, 180), on_circle(0)], [torch.tensor([0]), torch.tensor([0])],
+                                 [torch.tensor([0, 0])], [])
+    z = torch.stack([on_circle(60), on_circle(90)], dim=1)  # (1, L, D)
+    image, other_leaf = torch.tensor([0]), torch.tensor([[1]])
+    loss = common.semantic_path_loss(z, hierarchy, image, other_leaf, eps=0.0)
+    assert_close(loss.item(), (-math.log(3 / 8) - math.log(7 / 8)) / 2)
+    flat = common.Hierarchy(hierarchy.prototypes[:1], hierarchy.assign[:1], [], [])
+    assert_close(common.semantic_path_loss(z[:, :1], flat, image, other_leaf, eps=0.0).item(), -math.log(3 / 4))
+
+
+def test_path_score_lies_between_0_and_1():
+    """With no true negative the loss is -log(S + eps) / 2, so S = exp(-2 loss) - eps can be read off."""
+    hierarchy = random_tree()
+
+    def score(z, image):
+        own = hierarchy.assign[0][image].view(1, 1)
+        return math.exp(-2 * common.semantic_path_loss(z, hierarchy, torch.tensor([image]), own).item()) - 1e-6
+
+    for image in range(N):
+        path = slow_path(hierarchy.assign[0][image], hierarchy.parent)
+        on_path = torch.stack([c[j] for c, j in zip(hierarchy.prototypes, path)])[None]
+        z = unit(1, L, D, seed=image)
+        assert 0 < score(z, image) < 1
+        assert_close(score(z, image), slow_path_score(z[0], hierarchy.prototypes, path), rtol=1e-7, atol=1e-9)
+        assert_close([score(on_path, image), score(-on_path, image)], [1.0, 0.0], rtol=0, atol=1e-9)
+        one_level_off = on_path.clone()
+        one_level_off[:, image % L] *= -1
+        assert_close(score(one_level_off, image), 0.0, rtol=0, atol=1e-9)  # a product: one wrong level is enough
+
+
+def test_path_loss_does_not_care_for_the_order_of_batch_or_negatives():
+    z, hierarchy, index, leaves = path_batch()
+    loss = common.semantic_path_loss(z, hierarchy, index, leaves)
+    order = torch.randperm(B, generator=torch.Generator().manual_seed(0))
+    assert_close(common.semantic_path_loss(z[order], hierarchy, index[order], leaves[order]), loss)
+    assert_close(common.semantic_path_loss(z, hierarchy, index, leaves.flip(1)), loss)
+    singles = [common.semantic_path_loss(z[n:n + 1], hierarchy, index[n:n + 1], leaves[n:n + 1]) for n in range(B)]
+    assert_close(torch.stack(singles).mean(), loss)
+
+
+def test_path_loss_gradient_reaches_the_level_embeddings_alone():
+    z, hierarchy, index, leaves = path_batch()
+    prototypes = [c.requires_grad_() for c in hierarchy.prototypes]
+    assert common.semantic_path_loss(z, hierarchy, index, leaves).requires_grad is False
+    z.requires_grad_()
+    common.semantic_path_loss(z, hierarchy, index, leaves).backward()
+    assert (z.grad.abs().sum(dim=2) > 0).all() and all(c.grad is None for c in prototypes)
+    assert torch.autograd.gradcheck(lambda x: common.semantic_path_loss(x, hierarchy, index, leaves), z)
+
+
+def test_path_loss_pulls_onto_the_own_path():
+    """A small step against the gradient raises the own path's score and lowers the loss."""
+    z, hierarchy, index, leaves = path_batch()
+    z.requires_grad_()
+    before = common.semantic_path_loss(z, hierarchy, index, leaves)
+    before.backward()
+    stepped = F.normalize(z.detach() - 0.1 * z.grad, dim=2)
+    assert common.semantic_path_loss(stepped, hierarchy, index, leaves) < before
+
+
+def test_path_loss_without_true_negatives_is_the_positive_half():
+    z, hierarchy, index, _ = path_batch()
+    own = hierarchy.assign[0][index, None]  # (B, 1)
+    z.requires_grad_()
+    loss = common.semantic_path_loss(z, hierarchy, index, own.expand(B, M))
+    scores = [slow_path_score(z[n].detach(), hierarchy.prototypes, slow_path(own[n], hierarchy.parent))
+              for n in range(B)]
+    assert_close(loss.item(), sum(-math.log(s + 1e-6) for s in scores) / B / 2, **EXACT)
+    loss.backward()
+    assert z.grad.isfinite().all()
+
+
+def test_path_loss_averages_over_true_negatives_alone():
+    """Drawing the own leaf once more changes nothing; drawing all negatives twice changes nothing either."""
+    z, hierarchy, index, leaves = path_batch()
+    loss = common.semantic_path_loss(z, hierarchy, index, leaves, eps=1e-12)
+    own = hierarchy.assign[0][index, None]
+    assert_close(common.semantic_path_loss(z, hierarchy, index, torch.cat([leaves, own], 1), eps=1e-12), loss)
+    assert_close(common.semantic_path_loss(z, hierarchy, index, torch.cat([leaves, leaves], 1), eps=1e-12), loss)
+
+
+def test_path_loss_of_a_sibling_leaf_counts_in_full():
+    """A path that shares every ancestor but not the leaf is a whole negative."""
+    hierarchy = common.Hierarchy([unit(2, D), unit(1, D)], [torch.tensor([0]), torch.tensor([0])],
+                                 [torch.tensor([0, 0])], [])
+    batch = unit(1, 2, D, seed=5), hierarchy, torch.tensor([0]), torch.tensor([[1]])
+    own, sibling = (slow_path_score(batch[0][0], hierarchy.prototypes, [leaf, 0]) for leaf in (0, 1))
+    assert_close(common.semantic_path_loss(*batch, eps=0.0).item(), (-math.log(own) - math.log(1 - sibling)) / 2)
+
+
+def test_path_loss_on_the_path_is_finite_in_single_precision():
+    """z.c may exceed 1 by rounding, and 1 - S fall below 0: eps must carry it, in value and gradient.
+
+    The leaf drawn differs from the own one but sits in the same place, so that its score is 1 as well.
+    """
+    for seed in range(20):
+        hierarchy = random_tree((40, 20, 10), dim=128, seed=seed)
+        for level, c in enumerate(hierarchy.prototypes):
+            c.copy_(F.normalize(c.float(), dim=1))
+            c[1::2] = c[::2]  # pairs of equal prototypes
+            if level < 2:
+                hierarchy.parent[level][1::2] = hierarchy.parent[level][::2]
+        path = [hierarchy.assign[0]]
+        for up in hierarchy.parent:
+            path.append(up[path[-1]])
+        hierarchy = hierarchy._replace(prototypes=[c.float() for c in hierarchy.prototypes], assign=path)
+        z = torch.stack([c[j] for c, j in zip(hierarchy.prototypes, path)], dim=1).requires_grad_()  # (N, L, D)
+        leaves = torch.stack([path[0], path[0] ^ 1], dim=1)  # the own leaf and its double
+        loss = common.semantic_path_loss(z, hierarchy, torch.arange(N), leaves)
+        loss.backward()
+        assert loss.isfinite() and z.grad.isfinite().all()
+
+
+def fixture_tree(g, parents):
+    return common.Hierarchy([g[f"centroids_{level}"] for level in range(3)],
+                            [g[f"im2cluster_{level}"] for level in range(3)], parents, [])
+
+
+def test_path_loss_golden():
+    """HIRL's released loss, its terms sample by sample and its gradient, also where the edges are."""
+    g = golden("hirl_spd")
+    hierarchy = fixture_tree(g, [g["cluster2cluster_0"], g["cluster2cluster_1"]])
+    for case in ("", "edge_"):
+        paths, index = g[case + "neg_im2cluster"], g["index"]  # (B, M, L), (B,)
+        leaves = paths[..., 0]
+        for level, up in enumerate(hierarchy.parent):
+            assert torch.equal(up[paths[..., level]], paths[..., level + 1])  # they follow the tree
+        for dtype, tolerance in ((torch.float64, EXACT), (torch.float32, SINGLE)):
+            raw = g[case + "semantic_embs"].to(dtype).requires_grad_()
+            z = F.normalize(raw.view(len(raw), 3, -1), dim=2)  # (B, L, D)
+            loss = common.semantic_path_loss(z, hierarchy, index, leaves)
+            loss.backward()
+            each = torch.stack([common.semantic_path_loss(z[n:n + 1], hierarchy, index[n:n + 1], leaves[n:n + 1])
+                                for n in range(len(z))]).detach()
+            assert_close(loss.item(), g[case + "loss"], **tolerance)
+            assert_close(each.double(), g[case + "loss_per_sample"], **tolerance)
+            assert_close(raw.grad.double(), g[case + "grad_semantic_embs"], **tolerance)
+
+
+def test_level_heads_golden():
+    """HIRL's heads: outputs, path loss, gradients of inputs and parameters, and running statistics."""
+    g = golden("hirl_head")
+    parents = []
+    for level in (0, 1):  # the tree, read off the drawn paths and the images'
+        up = torch.zeros(len(g[f"centroids_{level}"]), dtype=torch.int64)
+        paths = g["neg_im2cluster"]
+        up[paths[..., level].flatten()] = paths[..., level + 1].flatten()
+        up[g[f"im2cluster_{level}"]] = g[f"im2cluster_{level + 1}"]
+        parents.append(up)
+    renamed = {"0.weight": "layers.0.weight", "1.weight": "batch_norms.0.weight", "1.bias": "batch_norms.0.bias",
+               "3.weight": "layers.1.weight", "3.bias": "layers.1.bias"}
+    x = g["inst_emb"].double().requires_grad_()
+    heads = [hirl_moco.level_head(x.shape[1]).double() for _ in range(3)]
+    for level, head in enumerate(heads):
+        assert sorted(n for n, _ in head.named_parameters()) == sorted(renamed)
+        with torch.no_grad():
+            for name, p in head.named_parameters():
+                p.copy_(g[f"param.projections.{level}.{renamed[name]}"])
+    z = F.normalize(torch.stack([head(x) for head in heads], dim=1), dim=2)  # (B, L, D)
+    path = common.semantic_path_loss(z, fixture_tree(g, parents), g["index"], g["neg_im2cluster"][:, :, 0])
+    total = x.square().mean() + path
+    total.backward()
+    assert_close(z.detach().flatten(1), g["semantic_embs"], **EXACT)
+    assert_close([path.item(), total.item()], [g["semantic_loss"], g["loss_total"]], **EXACT)
+    assert_close(x.grad, g["grad_inst_emb"], **EXACT)
+    for level, head in enumerate(heads):
+        for name, p in head.named_parameters():
+            assert_close(p.grad, g[f"grad.projections.{level}.{renamed[name]}"], **EXACT)
+        for name in ("running_mean", "running_var"):
+            assert_close(getattr(head[1], name), g[f"after.projections.{level}.batch_norms.0.{name}"], **EXACT)
+
+
+# ---- the k-nearest-neighbour classifier
+
+
+def slow_knn_votes(train_x, train_y, test_x, classes, k, tau):
+    """Sort all training rows by cosine; the first k give exp(cosine / tau) to their class."""
+    votes = []
+    for t in test_x.tolist():
+        cosines = []
+        for x, y in zip(train_x.tolist(), train_y.tolist()):
+            dot = sum(a * b for a, b in zip(t, x))
+            cosines.append((dot / math.hypot(*t) / math.hypot(*x), y))
+        row = [0.0] * classes
+        for cosine, y in sorted(cosines, reverse=True)[:k]:
+            row[y] += math.exp(cosine / tau)
+        votes.append(row)
+    return torch.tensor(votes, dtype=torch.float64)
+
+
+def test_knn_votes_equal_the_loops():
+    generator = torch.Generator().manual_seed(0)
+    train_x, test_x = (torch.randn(n, D, generator=generator, dtype=torch.float64) for n in (N, B))
+    train_y = torch.randint(4, (N,), generator=generator)
+    for k in (1, 6, N):
+        votes = common.knn_classify(train_x, train_y, test_x, 4, k=k, temperature=0.3)
+        assert_close(votes, slow_knn_votes(train_x, train_y, test_x, 4, k, 0.3), **EXACT)
+        assert_close(common.knn_classify(5 * train_x, train_y, test_x / 7, 4, k=k, temperature=0.3), votes)
+
+
+def test_knn_by_hand():
+    """Test at 0 degrees; class 0 at 60, class 1 at 90 and at -90, class 2 far away; temperature 1.
+
+    One neighbour: e^(1/2) for class 0. Three: class 0 keeps e^(1/2) = 1.65, class 1 gets 1 + 1 and wins.
+    """
+    train_x, train_y = on_circle(60, 90, -90, 180), torch.tensor([0, 1, 1, 2])
+    one = common.knn_classify(train_x, train_y, on_circle(0), 3, k=1, temperature=1.0)
+    three = common.knn_classify(train_x, train_y, on_circle(0), 3, k=3, temperature=1.0)
+    assert_close(one, torch.tensor([[math.exp(0.5), 0, 0]], dtype=torch.float64))
+    assert_close(three, torch.tensor([[math.exp(0.5), 2, 0]], dtype=torch.float64))
+
+
+def test_knn_refuses_more_neighbours_than_rows():
+    for k in (0, 5):
+        try:
+            common.knn_classify(on_circle(0, 90), torch.tensor([0, 1]), on_circle(0), 2, k=k)
+        except ValueError as error:
+            assert str(k) in str(error) and "2" in str(error)
+        else:
+            raise AssertionError(f"k = {k} of 2 rows was accepted")
+
+
+def test_knn_golden():
+    """The released classifier: votes, predictions, top-1 and top-5, and other numbers of neighbours."""
+    g = golden("knn_eval")
+
+    def votes(k):
+        return common.knn_classify(g["train_features"].double(), g["train_labels"], g["test_features"].double(),
+                                   g["num_classes"], k=k, temperature=g["T"])
+
+    def top(v, n):  # percent of rows whose label is among the n classes with most votes
+        return 100 * (v.topk(n).indices == g["test_labels"][:, None]).any(1).double().mean().item()
+
+    v = votes(g["k"])
+    assert_close(v, g["votes"], **EXACT)
+    assert torch.equal(v.argmax(1), g["pred"])
+    assert_close([top(v, 1), top(v, 5)], [g["top1"], g["top5"]])
+    for k, top1 in zip(g["other_k"].tolist(), g["other_k_top1"].tolist()):
+        assert_close(top(votes(k), 1), top1)
+
+
+# ---- contracts: what keeps the files comparable, liftable and honest
+
+METHODS = sorted(p for p in HERE.glob("*.py") if re.fullmatch(r"(hirl_\w+|hcsc|csml)\.py", p.name))
+FILES = [HERE / "common.py", *METHODS, *HERE.glob("eval_linear.py")]
+PACKAGES = {"torch", "torchvision", "numpy", "tqdm", "PIL"}  # PIL comes with torchvision
+BANNER = re.compile(r"^ *# ---- (.*)$", re.MULTILINE)
+
+
+def blocks(path):
+    """{title: text up to the next banner} of a script, at the top level and inside functions alike."""
+    text = path.read_text()
+    starts = [*BANNER.finditer(text)]
+    titles = [match[1] for match in starts]
+    assert len(set(titles)) == len(titles), f"{path.name} repeats a banner"
+    ends = [match.start() for match in starts[1:]] + [len(text)]
+    return {match[1]: text[match.end():end].rstrip() for match, end in zip(starts, ends)}
+
+
+def test_shared_blocks_are_byte_identical():
+    """`# ---- [shared] title` means the same bytes in every script that has the title."""
+    seen = {}
+    for path in METHODS:
+        for title, text in blocks(path).items():
+            assert re.match(r"\[(shared(: [\w, ]+)?|method)\] \S", title), f"{path.name}: banner '{title}'"
+            if title.startswith("[shared"):
+                first, expected = seen.setdefault(title, (path.name, text))
+                assert text == expected, f"'{title}' differs between {first} and {path.name}"
+
+
+def test_every_script_has_every_shared_block():
+    reading_first = [title for title in blocks(HERE / "hirl_moco.py") if title.startswith("[shared] ")]
+    assert len(reading_first) >= 7
+    for path in METHODS:
+        missing = [title for title in reading_first if title not in blocks(path)]
+        assert not missing, f"{path.name} lacks {missing}"
+
+
+def flags(tree):
+    """The calls that declare a command-line flag."""
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args
+            and getattr(node.func, "id", getattr(node.func, "attr", "")) in ("add", "add_argument")
+            and isinstance(node.args[0], ast.Constant) and str(node.args[0].value).startswith("--")]
+
+
+def attributes_of_args(tree):
+    return {node.attr for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"}
+
+
+def test_every_declared_flag_is_read_and_every_one_read_is_declared():
+    shared = attributes_of_args(ast.parse((HERE / "common.py").read_text()))
+    added = {"out", "given", "script", "fingerprint"}  # by resolve_arguments, and from a run by eval_linear.py
+    for path in FILES[1:]:
+        tree = ast.parse(path.read_text())
+        declared = {node.args[0].value.strip("-").replace("-", "_") for node in flags(tree)}
+        read = attributes_of_args(tree)
+        assert len(declared) >= 5
+        assert not declared - read - shared, f"{path.name} never reads {sorted(declared - read - shared)}"
+        unknown = read - declared - added
+        assert not unknown, f"{path.name} reads what it does not declare: {sorted(unknown)}"
+
+
+def test_files_import_little_and_never_one_another():
+    scripts = {path.stem for path in FILES[1:]} | {"test_losses"}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path.name} has a relative import"
+                names = [node.module]
+            else:
+                continue
+            for name in (name.split(".")[0] for name in names):
+                assert name not in scripts, f"{path.name} imports {name}"
+                allowed = name in PACKAGES or name in sys.stdlib_module_names or name == "common"
+                assert allowed and not (path.stem == name == "common"), f"{path.name} imports {name}"
+
+
+def test_files_import_without_side_effects():
+    """Nothing printed, no file written, no argument read, no signal handler, no draw from the global generator."""
+    code = (f"import sys; sys.path.insert(0, {str(HERE)!r}); sys.argv = ['x', '--no-such-flag']\n"
+            "import signal, torch; before = torch.get_rng_state(), torch.get_num_threads()\n"
+            + "".join(f"import {path.stem}\n" for path in FILES) +
+            "assert torch.equal(torch.get_rng_state(), before[0]) and torch.get_num_threads() == before[1]\n"
+            f"assert signal.getsignal(signal.SIGTERM) == {int(signal.SIG_DFL)}\n")
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run([sys.executable, "-B", "-c", code], cwd=folder, capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        assert os.listdir(folder) == []
+
+
+def test_public_functions_and_classes_have_docstrings():
+    """All but `main` and the argument parser, whose every line carries its own help."""
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            if (isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+                    and node.name not in ("main", "parse_args", "shared_arguments")):
+                assert ast.get_docstring(node), f"{path.name}:{node.lineno}: {node.name} has no docstring"
+
+
+def test_every_flag_has_help():
+    for path in FILES[1:]:
+        for node in flags(ast.parse(path.read_text())):
+            assert any(word.arg == "help" for word in node.keywords), f"{path.name}: {node.args[0].value}"
+
+
+def lifted(function):
+    """The function compiled from its source alone, as if pasted into an empty file."""
+    namespace = {"torch": torch, "F": F, "math": math}
+    exec(inspect.getsource(function), namespace)
+    return namespace[function.__name__]
+
+
+def test_losses_can_be_lifted():
+    check_semantic_path_loss(lifted(common.semantic_path_loss))
+    check_info_nce(lifted(hirl_moco.info_nce))
+
+
+# ---- k-means and hierarchy
+
+
+def slow_distances(x, c):
+    """(N, K) squared distances, float64."""
+    return np.array([[sum((xi - ci) ** 2) for ci in c] for xi in x])
+
+
+def slow_lloyd(x, c, iterations):
+    """Lloyd in explicit loops: assign to the nearest (lowest id on ties), then average; None if a cluster empties."""
+    x, c = np.asarray(x, np.float64), np.asarray(c, np.float64)
+    for _ in range(iterations):
+        label = slow_distances(x, c).argmin(1)
+        for j in range(len(c)):
+            if not (label == j).any():
+                return None
+            c[j] = sum(x[i] for i in range(len(x)) if label[i] == j) / sum(label == j)
+    return c, slow_distances(x, c).argmin(1)
+
+
+def test_kmeans_equals_slow_lloyd_on_200_cases():
+    rng, compared = np.random.default_rng(0), 0
+    for _ in range(200):
+        n, d, k, iterations = rng.integers(5, 40), rng.integers(2, 6), rng.integers(1, 6), rng.integers(0, 6)
+        x = rng.normal(size=(n, d)).astype(np.float32)
+        init = x[rng.permutation(n)[:k]]
+        slow = slow_lloyd(x, init, iterations)
+        if slow is None or len(set(slow[1])) < k:
+            continue  # an emptied cluster is another test's business
+        centroids, assign = common.kmeans(torch.from_numpy(x), k, iterations=int(iterations),
+                                          init=torch.from_numpy(init))
+        np.testing.assert_allclose(centroids.numpy(), slow[0], atol=1e-5)
+        np.testing.assert_array_equal(assign.numpy(), slow[1])
+        compared += 1
+    assert compared > 150
+
+
+def test_kmeans_by_hand():
+    x = torch.tensor([[0.0, 0.0], [0.0, 2.0], [10.0, 0.0], [10.0, 4.0]])
+    centroids, assign = common.kmeans(x, 2, init=x[[0, 2]])
+    assert centroids.tolist() == [[0, 1], [10, 2]] and assign.tolist() == [0, 0, 1, 1]
+    centroids, assign = common.kmeans(x, 2, iterations=0, init=x[[3, 0]])  # no update: the start, and who is nearest
+    assert centroids.tolist() == [[10, 4], [0, 0]] and assign.tolist() == [1, 1, 0, 0]
+
+
+def test_hierarchy_from_centroids_golden():
+    g = golden("hkmeans_derived")
+    for case in ("", "edge_"):
+        raw = [g[f"{case}centroids_raw_{level}"] for level in range(3)]
+        tree = common.hierarchy_from_centroids(g[case + "points"], raw, g["T"])
+        for level in range(3):
+            np.testing.assert_array_equal(tree.assign[level], g[f"{case}im2cluster_{level}"])
+            np.testing.assert_allclose(tree.prototypes[level], g[f"{case}centroids_{level}"], atol=1e-6)
+            np.testing.assert_allclose(tree.concentration[level], g[f"{case}density_{level}"], atol=1e-6)
+        for level in range(2):
+            np.testing.assert_array_equal(tree.parent[level], g[f"{case}cluster2cluster_{level}"])
+
+
+def test_kmeans_can_be_lifted():
+    """The collectives and the k-means block, pasted alone into a file that imports torch, give the same clusters."""
+    text = blocks(HERE / "common.py")
+    namespace = {"torch": torch, "F": F, "math": math, "warnings": warnings, "dist": torch.distributed,
+                 "NamedTuple": typing.NamedTuple, "Tensor": torch.Tensor}
+    for title in ("collectives: nothing happens at world size 1", "k-means and hierarchy"):
+        exec(text[title], namespace)
+    x = unit(200, 4).float()
+    for ours, theirs in zip(namespace["kmeans"](x, 9), common.kmeans(x, 9)):
+        assert torch.equal(ours, theirs)
+
+
+# ---- augmentation: each operation equals torchvision's on one picture at a time
+
+
+PIXEL = dict(rtol=1e-5, atol=1e-5)  # float32 pixels in [0, 1]
+
+
+def six_pictures(height=20, width=28):
+    """(6, 3, 20, 28) in [0, 1], with gray pixels, where hue is undefined, and ties between channels."""
+    images = torch.rand(6, 3, height, width, generator=torch.Generator().manual_seed(0))
+    images[0, :, :4] = images[0, :1, :4]
+    images[1, 1] = images[1, 0]
+    return images
+
+
+def test_colour_operations_equal_torchvision():
+    images, factors = six_pictures(), [0.0, 0.4, 0.9, 1.0, 1.4, 2.0]
+    for ours, theirs, values in (
+            (common.adjust_brightness, TF.adjust_brightness, factors),
+            (common.adjust_contrast, TF.adjust_contrast, factors),
+            (common.adjust_saturation, TF.adjust_saturation, factors),
+            (common.adjust_hue, TF.adjust_hue, [-0.5, -0.13, 0.0, 0.05, 0.3, 0.5]),
+            (common.solarize, TF.solarize, [0.0, 0.25, 0.5, 0.75, 1.0, 1.0])):
+        want = torch.stack([theirs(image, value) for image, value in zip(images, values)])
+        assert_close(ours(images, torch.tensor(values)), want, **PIXEL)
+    assert_close(common.grayscale(images), TF.rgb_to_grayscale(images), **PIXEL)
+
+
+def test_gaussian_blur_equals_torchvision():
+    images, sigma = six_pictures(), [0.1, 0.5, 1.0, 1.5, 2.0, 5.0]
+    for taps in (3, 7):
+        want = torch.stack([TF.gaussian_blur(x, [taps, taps], [s, s]) for x, s in zip(images, sigma)])
+        assert_close(common.gaussian_blur(images, torch.tensor(sigma), taps), want, **PIXEL)
+
+
+def test_resized_crop_equals_torchvision():
+    images = six_pictures()
+    boxes = [[0, 0, 20, 28], [3, 5, 7, 13], [19, 27, 1, 1], [0, 9, 20, 3], [6, 0, 13, 28], [2, 2, 16, 16]]
+    for size in (5, 16, 33):  # smaller and larger than the boxes
+        want = torch.stack([TF.resized_crop(x, *box, [size, size], antialias=True) for x, box in zip(images, boxes)])
+        assert_close(common.resized_crop(images, torch.tensor(boxes), size), want, **PIXEL)
+
+
+# ---- without pytest
+
+if __name__ == "__main__":
+    passed = failed = 0
+    for name, function in [(n, f) for n, f in globals().items() if n.startswith("test_")]:
+        try:
+            function()
+            passed += 1
+            print(f"pass  {name}")
+        except Exception:
+            failed += 1
+            print(f"FAIL  {name}\n{traceback.format_exc()}")
+    print(f"{passed} passed, {failed} failed")
+    sys.exit(failed > 0)

@@ -1,0 +1,233 @@
+"""K-means and hierarchy at their edges, under every type and sharding; the basics are in test_losses.py."""
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+
+from common import all_gather_rows, hierarchical_kmeans, hierarchy_from_centroids, kmeans
+from test_losses import slow_distances, slow_lloyd
+
+
+def unit(n, d, seed=0):
+    return F.normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def objective(x, centroids, assign):
+    return (x.double() - centroids[assign].double()).square().sum(1).mean().item()
+
+
+def test_kmeans_equals_slow_lloyd_with_blocks_of_ids():
+    """k >= 256 takes the maximum over strips first, k not a multiple of anything."""
+    x = unit(700, 5)
+    for k in (256, 301, 517):
+        centroids, assign = kmeans(x, k, iterations=3, init=x[:k])
+        label = torch.cdist(x.double(), centroids.double()).argmin(1)
+        assert torch.equal(assign, label)
+        c = x[:k].double()
+        for _ in range(3):
+            label = torch.cdist(x.double(), c).argmin(1)
+            c = torch.stack([x.double()[label == j].mean(0) for j in range(k)])
+        torch.testing.assert_close(centroids.double(), c, atol=1e-5, rtol=0)
+
+
+def test_k_of_one_and_k_of_n():
+    x = unit(50, 3)
+    centroids, assign = kmeans(x, 1)
+    torch.testing.assert_close(centroids[0], x.mean(0))
+    assert assign.eq(0).all()
+    for init in (None, x, x[:1].expand(50, 3)):
+        centroids, assign = kmeans(x, 50, init=init)
+        assert assign.bincount(minlength=50).eq(1).all()
+        torch.testing.assert_close(centroids[assign], x)
+
+
+def test_objective_never_rises():
+    x = unit(2500, 6)
+    for k, seed, exact in ((7, 0, True), (300, 1, True), (1000, 2, True), (1000, 3, False)):
+        init = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:k]]
+        runs = [objective(x, *kmeans(x, k, iterations=i, init=init, exact=exact)) for i in (0, 1, 2, 3, 5, 9, 20)]
+        assert all(b <= a + 1e-7 for a, b in zip(runs, runs[1:])), runs
+
+
+def test_candidate_lists_reach_the_exact_objective():
+    x = F.normalize(unit(300, 8, 1).repeat(20, 1) + 0.4 * torch.randn(6000, 8, generator=torch.manual_seed(0)), dim=1)
+    lists, exact = (objective(x, *kmeans(x, 1000, init=x[:1000], exact=e)) for e in (False, True))
+    assert lists < 1.003 * exact
+
+
+def test_seeding_beats_random_rows():
+    noise = 0.05 * torch.randn(2000, 16, generator=torch.Generator().manual_seed(0))
+    x = F.normalize(unit(100, 16, 1).repeat(20, 1) + noise, dim=1)
+    seeded, drawn = objective(x, *kmeans(x, 100)), objective(x, *kmeans(x, 100, init=x[torch.randperm(2000)[:100]]))
+    assert seeded < 0.8 * drawn
+
+
+def test_empty_clusters_are_refilled():
+    x = unit(400, 4)
+    for far in (x[:1].expand(60, 4), torch.cat([x[:20], 100 + unit(40, 4)])):  # all the same; most out of reach
+        for iterations in (0, 1, 20):
+            centroids, assign = kmeans(x, 60, iterations=iterations, init=far)
+            assert assign.bincount(minlength=60).gt(0).all()
+            assert torch.equal(assign, torch.cdist(x.double(), centroids.double()).argmin(1))
+
+
+def test_close_rows_do_not_lose_their_cluster_to_rounding():
+    """Rows 1e-4 apart, far from the origin: scores cannot tell them apart, true differences can."""
+    x = torch.tensor([[1.0, 1.0]]) + 1e-4 * torch.arange(40)[:, None]
+    assert kmeans(x, 40)[1].bincount(minlength=40).eq(1).all()
+
+
+def test_fewer_distinct_rows_than_clusters():
+    x = unit(6, 5).repeat(30, 1)
+    for init in (None, x[:9]):
+        with pytest.warns(UserWarning, match="only 6 distinct rows for 9 clusters"):
+            centroids, assign = kmeans(x, 9, init=init)
+        assert assign.bincount(minlength=9).gt(0).sum() == 6 and centroids.isfinite().all()
+        torch.testing.assert_close(centroids[assign], x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert kmeans(x, 6)[1].bincount(minlength=6).eq(30).all()  # exactly as many: silent
+
+
+def test_ties_go_to_the_lowest_id():
+    x = torch.tensor([[-1.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
+    assert kmeans(x, 2, iterations=0, init=x[[0, 2]])[1].tolist() == [0, 0, 1]
+    x = unit(300, 3)
+    hierarchy = hierarchy_from_centroids(x, [x.repeat(2, 1)], 0.2)  # every centroid twice
+    assert torch.equal(hierarchy.assign[0], torch.arange(300))
+
+
+def test_equal_seeds_give_equal_bits():
+    x = unit(3000, 16)
+    for k in (20, 300, 1000):
+        (c1, a1), (c2, a2), (c3, _) = kmeans(x, k), kmeans(x, k), kmeans(x, k, seed=1)
+        assert torch.equal(c1, c2) and torch.equal(a1, a2) and not torch.equal(c1, c3)
+
+
+def test_dtypes_and_widths():
+    for d in (2, 2048):
+        x = unit(120, d)
+        for dtype in (torch.float16, torch.bfloat16, torch.float64):
+            centroids, assign = kmeans(x.to(dtype), 9)
+            same, same_assign = kmeans(x.to(dtype).float(), 9)
+            assert centroids.dtype == torch.float32 and assign.dtype == torch.int64
+            assert torch.equal(centroids, same) and torch.equal(assign, same_assign)
+
+
+def test_collapsed_features():
+    """Mean cosine 0.9999: the clusters lie in what differs."""
+    base = unit(600, 16)
+    x = F.normalize(torch.ones(16) / 4 + 0.01 * base, dim=1)
+    centroids, assign = kmeans(x, 30, exact=True, init=x[:30])
+    double, _ = slow_lloyd(x, x[:30], 20)
+    best = slow_distances(x.double().numpy(), double).min(1).mean()
+    assert objective(x, centroids, assign) < 1.001 * best
+
+
+def test_memmap_is_read_in_blocks_with_equal_results(tmp_path):
+    path = tmp_path / "rows.npy"
+    x = unit(70000, 512).half()  # two blocks of at most 2^25 numbers
+    np.save(path, x.numpy())
+    mapped = np.load(path, mmap_mode="r")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        streamed = kmeans(mapped, 9, iterations=2, device="cpu")
+    held = kmeans(x.float(), 9, iterations=2)
+    assert torch.equal(streamed[0], held[0]) and torch.equal(streamed[1], held[1])
+    path.unlink()
+
+
+def test_bad_input_is_one_sentence():
+    x = unit(10, 3)
+    nan, inf = x.clone(), x.clone()
+    nan[[3, 4], 1], inf[5] = math.nan, math.inf
+    for bad, k, words in ((x, 0, "0 clusters of 10"), (x, 11, "11 clusters of 10"), (x[:0], 1, "1 clusters of 0"),
+                          (nan, 2, "2 of 10 rows hold NaN"), (inf, 2, "1 of 10 rows"), (x[0], 1, "shape")):
+        with pytest.raises(ValueError, match=words):
+            kmeans(bad, k)
+    for init in (x[:3], x[:2, :2], nan[3:5]):
+        with pytest.raises(ValueError, match="init"):
+            kmeans(x, 2, init=init)
+    with pytest.raises(ValueError, match="20 clusters of 5"):
+        hierarchical_kmeans(x, [5, 20], temperature=0.2)
+
+
+def slow_concentration(distance, label, k, temperature):
+    """PCL's phi in loops, float64."""
+    phi = []
+    for c in range(k):
+        own = [float(d) for d, y in zip(distance, label) if y == c]
+        phi.append(sum(own) / len(own) / math.log(len(own) + 10) if len(own) > 1 else None)
+    most = max([p for p in phi if p is not None], default=0)
+    phi = np.array([most if p is None else p for p in phi])
+    phi = np.clip(phi, np.percentile(phi, 10), np.percentile(phi, 90))
+    return temperature * phi / phi.mean()
+
+
+def test_hierarchical_kmeans():
+    x = unit(400, 7)
+    tree = hierarchical_kmeans(x, [50, 12, 5], temperature=0.3)
+    items = x
+    for level, k in enumerate((50, 12, 5)):
+        assert tree.prototypes[level].shape == (k, 7) and tree.assign[level].shape == (400,)
+        torch.testing.assert_close(tree.prototypes[level].norm(dim=1), torch.ones(k))
+        if level:
+            assert torch.equal(tree.assign[level], tree.parent[level - 1][tree.assign[level - 1]])
+        raw, label = kmeans(items, k)
+        distance = [math.dist(a, raw[b]) for a, b in zip(items, label)]
+        phi = slow_concentration(distance, label, k, 0.3)
+        np.testing.assert_allclose(tree.concentration[level], phi, rtol=1e-5)
+        items = tree.prototypes[level]
+
+
+def test_concentration_of_singletons_is_the_temperature():
+    tree = hierarchical_kmeans(unit(8, 3), [8, 2], temperature=0.3)
+    assert torch.equal(tree.concentration[0], torch.full((8,), 0.3))
+
+
+def rank_main(rank, sizes, meeting, path):
+    """One rank: its share of the rows, results of all ranks gathered and saved by rank 0."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=len(sizes))
+    x, dup = unit(sum(sizes), 6).split(sizes)[rank], unit(5, 6).repeat(sum(sizes), 1)[: sum(sizes)].split(sizes)[rank]
+    out = {}
+    for k in (9, 300, 1000):
+        centroids, assign = kmeans(x, k)
+        out[k] = centroids, all_gather_rows(assign)
+        copies = all_gather_rows(centroids[None])
+        assert (copies == copies[:1]).all()  # ranks are bit-identical
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        out["duplicates"] = all_gather_rows(kmeans(dup, 7)[1])
+    out["refilled"] = all_gather_rows(kmeans(x, 40, init=unit(1, 6).expand(40, 6))[1])
+    tree = hierarchical_kmeans(x, [60, 9], temperature=0.2)
+    out["tree"] = [all_gather_rows(a) for a in tree.assign] + tree.parent + tree.concentration
+    try:
+        kmeans(x if rank else x * math.nan, 2)
+    except ValueError as error:
+        out["error"] = str(error)
+    if rank == 0:
+        torch.save(out, path)
+    dist.destroy_process_group()
+
+
+def test_ranks_reproduce_one_process(tmp_path):
+    for sizes in ([700, 500], [650, 0, 550]):
+        mp.spawn(rank_main, (sizes, tmp_path / f"meeting{len(sizes)}", tmp_path / "out.pt"), nprocs=len(sizes))
+        out = torch.load(tmp_path / "out.pt")
+        x = unit(1200, 6)
+        for k in (9, 300, 1000):
+            centroids, assign = kmeans(x, k)
+            torch.testing.assert_close(out[k][0], centroids, atol=2e-6, rtol=0)
+            assert torch.equal(out[k][1], assign)
+        assert out["duplicates"].bincount(minlength=7).gt(0).sum() == 5
+        assert torch.equal(out["refilled"], kmeans(x, 40, init=unit(1, 6).expand(40, 6))[1])
+        tree = hierarchical_kmeans(x, [60, 9], temperature=0.2)
+        for a, b in zip(out["tree"], tree.assign + tree.parent + tree.concentration):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+        assert f"{sizes[0]} of 1200 rows hold NaN" in out["error"]
