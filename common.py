@@ -1297,7 +1297,7 @@ def describe(images, members):
         counts = torch.bincount(images.labels[members, level].clamp(min=0), minlength=len(names))
         share = counts.max().item() / len(members)
         if not best or share >= 0.5:  # the finest level that most of them share
-            best = [names[int(counts.argmax())].split("/")[-1], f"{100 * share:.0f} %"]
+            best = ["/".join(names[int(counts.argmax())].split("/")[-2:]), f"{100 * share:.0f} %"]
     return best
 
 
@@ -1453,8 +1453,7 @@ def fit_clusters(args, pictures):
         raise UserError(f"--clusters {' '.join(map(str, args.clusters))} must be positive and fall from level "
                         "to level, finest first (or be 0 for none)")
     if clusters and args.warmup_epochs >= args.epochs:
-        raise UserError(f"--warmup-epochs {args.warmup_epochs} of {args.epochs} leave none for the hierarchy: give "
-                        "fewer, or --clusters 0")
+        say(f"--warmup-epochs {args.warmup_epochs} of {args.epochs} leave no epoch for the hierarchy's loss")
     if "clusters" in args.given and clusters and clusters[0] > pictures:
         raise UserError(f"--clusters {clusters[0]} is above the {pictures} pictures of {args.data}: "
                         f"give at most {pictures} at the finest level")
@@ -1741,7 +1740,7 @@ def read_json(path):
         config = json.loads(path.read_text())
         return {name: dict(config[name]) for name in ("arguments", "derived")}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not readable ({type(error).__name__}): choose another folder") from error
+        raise UserError(f"{path} is not readable ({type(error).__name__}): give another --out or --run") from error
 
 
 def write_atomically(path, write):

@@ -298,12 +298,12 @@ def test_the_loop_reads_as_the_papers_say(tmp_path, pictures):
     Order matters and no unit test of a loss sees it: the queue of before the step, the key encoder moved before
     it encodes, the tree from its features in evaluation mode, the schedule, one step on the sum.
     """
-    argv = arguments("hirl_moco", pictures, tmp_path / "run", epochs=2, base_lr=0.5)
+    argv = arguments("hirl_moco", pictures, tmp_path / "run", epochs=2, base_lr=0.05, projector="mlp")
     run(tmp_path, "hirl_moco", argv)
     args = hirl_moco.parse_args(argv)
     train, _ = common.load_data(args.data)
     torch.manual_seed(0)
-    model = hirl_moco.MoCo(hirl_moco.Encoder("tiny", args.stem, 128), 128, 32,
+    model = hirl_moco.MoCo(hirl_moco.Encoder("tiny", args.stem, args.projector, 128), 128, 32,
                            [hirl_moco.level_head(128) for _ in range(3)]).to(memory_format=torch.channels_last)
     trained = [*model.encoder_q.parameters(), *model.heads.parameters()]
     speed = [torch.zeros_like(p) for p in trained]
@@ -314,7 +314,7 @@ def test_the_loop_reads_as_the_papers_say(tmp_path, pictures):
             x = F.normalize(common.extract_features(model.encoder_k, train, 16), dim=1)
             tree = common.hierarchical_kmeans(x, [12, 4, 2], temperature=0.2, seed=1)
         for step, index, (a, b) in common.batches(train, 16, [augmentation] * 2, seed=0, epoch=epoch):
-            lr = 0.5 * 16 / 256 * 0.5 * (1 + np.cos(np.pi * (6 * epoch + step) / 12))
+            lr = 0.05 * 16 / 256 * 0.5 * (1 + np.cos(np.pi * (6 * epoch + step) / 12))
             raw = model.encoder_q(a)
             for p_k, p_q in zip(model.encoder_k.parameters(), model.encoder_q.parameters()):
                 p_k.data = args.ema_momentum * p_k.data + (1 - args.ema_momentum) * p_q.data
