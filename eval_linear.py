@@ -95,7 +95,7 @@ def parse_args(argv=None):
         help="clusters a level of the tree, finest first (the run's, or one a class of every label level)")
     add("--pairs", type=positive(int), default=200_000, help="pairs of pictures whose tree distances are compared")
     add("--seed", type=int, default=0, help="of everything random")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     add("--workers", type=positive(int, zero=True), default=4, help="processes that decode large pictures")
     p.set_defaults(fingerprint=None)  # of the run's training pictures
     args = p.parse_args(argv)

@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.9"
+# requires-python = ">=3.10"
 # dependencies = ["torch>=2.4", "torchvision>=0.19", "numpy", "tqdm"]
 # ///
 """HIRL on MoCo v2: hierarchical image representation learning (HIRL 2205.13159, MoCo v2 2003.04297).
@@ -92,7 +92,7 @@ def shared_arguments():
     add("--clusters", type=int, nargs="+", metavar="K", help="clusters a level, finest first; 0: none (preset)")
     add("--warmup-epochs", type=common.positive(int, zero=True), help="epochs before the hierarchy (preset)")
     add("--seed", type=int, default=0, help="of everything random")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     add("--workers", type=common.positive(int, zero=True), default=4,
         help="processes that decode pictures too large or too many to keep in memory")
     add("--amp", action="store_true", help="bfloat16 autocast in the networks; losses stay float32")

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import Rows, hierarchical_kmeans, kmeans, near_centroids
 
 ITERATIONS, CLOCK = 20, time.perf_counter

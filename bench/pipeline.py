@@ -96,7 +96,7 @@ def main():
     took = {name: statistics.median(times[2:]) for name, times in seconds.items()}
     name = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
     print(f"{time.strftime('%Y-%m-%d')}  torch {torch.__version__}  {torch.get_num_threads()} threads  {name}")
-    print(f"{args.data}, {len(train)} pictures, {args.arch} {args.stem}, batch {args.batch_size}, "
+    print(f"{Path(args.data).name}, {len(train)} pictures, {args.arch} {args.stem}, batch {args.batch_size}, "
           f"clusters {clusters}")
     for name, t in took.items():
         print(f"{name:36} {1000 * t:8.1f} ms   {2 * args.batch_size / t:9.0f} views/s")
