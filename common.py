@@ -728,13 +728,9 @@ class Hierarchy(NamedTuple):
     """Tree of prototypes over N images, level 0 the finest; assign[l+1] == parent[l][assign[l]]."""
 
     prototypes: list[Tensor]  # L x (K_l, D) float32, unit rows
-    assign: list[
-        Tensor
-    ]  # L x (N,) int64   image -> cluster at level l        (released: im2cluster)
-    parent: list[
-        Tensor
-    ]  # L-1 x (K_l,) int64  cluster at l -> cluster at l+1  (released: cluster2cluster)
-    concentration: list[Tensor]  # L x (K_l,) float32  PCL phi, temperature  (released: density)
+    assign: list[Tensor]  # L x (N,) int64  image -> cluster at level l  (released: im2cluster)
+    parent: list[Tensor]  # L-1 x (K_l,) int64  cluster at l -> cluster at l+1  (released: cluster2cluster)
+    concentration: list[Tensor]  # L x (K_l,) float32  PCL's phi, a temperature each  (released: density)
 
 
 class Rows:
@@ -780,9 +776,7 @@ class Rows:
             bad = torch.zeros(1, device=self.device)
             for _, block in self.blocks():
                 bad += (~block.isfinite().all(1)).sum()
-            raise ValueError(
-                f"k-means: {int(self.reduce(bad))} of {self.total} rows hold NaN or infinity"
-            )
+            raise ValueError(f"k-means: {int(self.reduce(bad))} of {self.total} rows hold NaN or infinity")
         return mean
 
     def owned(self, ids):
@@ -790,21 +784,15 @@ class Rows:
         return (ids >= self.first) & (ids < self.first + len(self.x))
 
     def take(self, ids):
-        """Global ids (M,) -> their rows (M, D) on every rank: each fills in its own, the sum
-        spreads them.
-        """
+        """Global ids (M,) -> their rows (M, D) on every rank: each fills in its own, the sum spreads them."""
         own = self.owned(ids)
         rows = torch.zeros(len(ids), self.x.shape[1], device=self.device)
         rows[own] = self.read(ids[own] - self.first)
         return self.reduce(rows)
 
     def draw(self, weight, count, generator):
-        """Global ids of `count` rows, no row twice, with chance proportional to weight (n,); fewer
-        if most are 0.
-        """
-        key = torch.empty(self.total).exponential_(
-            generator=generator
-        )  # Efraimidis & Spirakis, 2006
+        """Global ids of `count` rows, none twice, chance proportional to weight (n,); fewer if most are 0."""
+        key = torch.empty(self.total).exponential_(generator=generator)  # Efraimidis & Spirakis, 2006
         key = weight / key[self.first : self.first + len(weight)].to(self.device).clamp_(min=1e-30)
         key, row = key.topk(min(count, len(key)))
         key, row = self.gather(key), self.gather(row + self.first)
@@ -821,11 +809,9 @@ def near_centroids(rows, centroids, top=1, half=False):
     of their labels without).
     """
     k, d = centroids.shape
-    # argmax over K scores costs half as much as the product itself (CPU). So: maximum over strips
-    # of columns, argmax
-    # over the few blocks left, argmax inside. Block j = ids j*strips ... (j+1)*strips-1 = column j:
-    # ties to the lowest.
-    # Strips: a power of two up to about sqrt(k), such that padding adds at most 7 % to the product.
+    # argmax over K scores costs half as much as the product itself (CPU). So: maximum over strips of columns,
+    # argmax over the few blocks left, argmax inside. Block j = ids j*strips ... (j+1)*strips-1 = column j, so
+    # ties go to the lowest. Strips: a power of two up to about sqrt(2 k) that pads the product by 7 % at most.
     strips = next(s for s in (128, 64, 32, 16, 8, 4, 2, 1) if s == 1 or k >= 256 and s * s <= 2 * k
                   and -(-k // (8 * s)) * 8 * s <= 1.07 * k)
     width = -(-k // (8 * strips)) * 8  # a multiple of 8 keeps rows aligned
@@ -847,26 +833,18 @@ def near_centroids(rows, centroids, top=1, half=False):
         best = score.amax(1) if strips > 1 else score[:, 0]  # (n, W)
         block = best.topk(top).indices if top > 1 else best.max(1, keepdim=True).indices  # (n, top)
         if strips > 1:
-            inside = score.transpose(1, 2).gather(
-                1, block[:, :, None].expand(-1, -1, strips)
-            )  # (n, top, S)
+            inside = score.transpose(1, 2).gather(1, block[:, :, None].expand(-1, -1, strips))  # (n, top, S)
             block = block * strips + inside.argmax(2)
         found.append(block)
     return torch.cat(found)
 
 
 def nearest_listed(rows, centroids, listed):
-    """(n, D) rows, (n, T) ids -> (n,) the nearest of each row's list, by true differences; (n,)
-    squared distance.
-    """
+    """(n, D) rows, (n, T) ids -> (n,) the nearest of each row's list, by true differences; (n,) its distance^2."""
     label, least = [], []
     step = max(1, (2**25 if rows.is_cuda else 2**18) // rows.shape[1])
-    for y, ids in zip(
-        rows.split(step), listed.sort(1).values.split(step)
-    ):  # sorted: ties to the lowest
-        d2 = torch.stack(
-            [(y - centroids[column]).square_().sum(1) for column in ids.T], 1
-        )  # (n, T)
+    for y, ids in zip(rows.split(step), listed.sort(1).values.split(step)):  # sorted: ties to the lowest
+        d2 = torch.stack([(y - centroids[column]).square_().sum(1) for column in ids.T], 1)  # (n, T)
         value, place = d2.min(1, keepdim=True)
         label.append(ids.gather(1, place)[:, 0])
         least.append(value[:, 0])
@@ -874,27 +852,18 @@ def nearest_listed(rows, centroids, listed):
 
 
 def cluster_sums(rows, label, k):
-    """(n, D) rows, (n,) ids -> (k, D) sums, (k,) counts; the same on every run, unlike index_add_
-    on CUDA.
-    """
+    """(n, D) rows, (n,) ids -> (k, D) sums, (k,) counts; the same on every run, unlike index_add_ on CUDA."""
     label, order = label.sort(stable=True)
     start = torch.searchsorted(label, torch.arange(k + 1, device=label.device))
-    # bags of at most 256 rows, then bags of these: parallel for few large clusters, and less
-    # rounding
-    cut = (
-        torch.cat([start[:-1], torch.arange(0, len(label), 256, device=label.device)]).sort().values
-    )
+    # bags of at most 256 rows, then bags of these: parallel for few large clusters, and less rounding
+    cut = torch.cat([start[:-1], torch.arange(0, len(label), 256, device=label.device)]).sort().values
     part = F.embedding_bag(order, rows, cut, mode="sum")
     bags = torch.arange(len(cut), device=label.device)
-    return F.embedding_bag(
-        bags, part, torch.searchsorted(cut, start[:-1]), mode="sum"
-    ), start.diff()
+    return F.embedding_bag(bags, part, torch.searchsorted(cut, start[:-1]), mode="sum"), start.diff()
 
 
 def own_distance(rows, centroids, label):
-    """(n,) squared distance of each local row to its centroid; what only rounding can tell from
-    zero is zero.
-    """
+    """(n,) squared distance of each local row to its centroid; what only rounding tells from zero is zero."""
     d2 = torch.empty(len(label), device=rows.device)
     for part, block in rows.blocks():
         own = nearest_listed(block, centroids, label[part, None])[1]
@@ -923,9 +892,7 @@ def greedy_seeds(rows, k, generator):
 
 
 def refill(rows, centroids, label, empty, generator):
-    """Put empty (k,) clusters on rows drawn by D^2, in place -> False if every row sits on its
-    centroid.
-    """
+    """Put empty (k,) clusters on rows drawn by D^2, in place -> False if every row sits on its centroid."""
     ids = rows.draw(own_distance(rows, centroids, label), int(empty.sum()), generator)
     filled, own = empty.nonzero()[: len(ids), 0], rows.owned(ids)
     centroids[filled] = rows.take(ids)
@@ -934,19 +901,15 @@ def refill(rows, centroids, label, empty, generator):
 
 
 def assign_all(rows, centroids, label, top=1):
-    """Exact float32 pass: sets label (n,) to the nearest centroids, in place -> (k,) counts over
-    all ranks.
+    """Exact float32 pass: sets label (n,) to the nearest centroids, in place -> (k,) counts over all ranks.
 
-    top > 1: of that many and the row's own, compared by true differences (scores cannot tell very
-    close ones apart).
+    top > 1: of that many and the row's own, by true differences (scores cannot tell very close ones apart).
     """
     counts = torch.zeros(len(centroids), dtype=torch.long, device=rows.device)
     for part, block in rows.blocks():
         near = near_centroids(block, centroids, top)
         if top > 1:
-            near = nearest_listed(block, centroids, torch.cat([near, label[part, None]], 1))[0][
-                :, None
-            ]
+            near = nearest_listed(block, centroids, torch.cat([near, label[part, None]], 1))[0][:, None]
         label[part] = near[:, 0]
         counts += label[part].bincount(minlength=len(centroids))
     return rows.reduce(counts)
@@ -976,19 +939,14 @@ def kmeans(x, k, *, iterations=20, seed=0, init=None, exact=False, device=None, 
     else:
         centroids = torch.as_tensor(init).to(rows.device, torch.float32, copy=True)
         if centroids.shape != (k, x.shape[1]) or not centroids.isfinite().all():
-            raise ValueError(
-                f"k-means: init must be finite and {(k, x.shape[1])}, not {tuple(init.shape)}"
-            )
+            raise ValueError(f"k-means: init must be finite and {(k, x.shape[1])}, not {tuple(init.shape)}")
 
     lists, half, full = k >= 1000 and not exact, rows.device.type == "cuda", True
     label = torch.zeros(len(x), dtype=torch.long, device=rows.device)
     listed = label[:, None].repeat(1, 3 if lists else 1)  # (N, T) candidates
     for step in range(iterations * 6 // 5 if lists else iterations):
         full = full or not lists or step == 1 or step % 6 == 0
-        sums, counts = (
-            torch.zeros_like(centroids),
-            torch.zeros(k, dtype=torch.long, device=rows.device),
-        )
+        sums, counts = torch.zeros_like(centroids), torch.zeros(k, dtype=torch.long, device=rows.device)
         moved = counts.new_zeros(1)
         for part, block in rows.blocks():
             near, old = listed[part], label[part]
@@ -996,9 +954,7 @@ def kmeans(x, k, *, iterations=20, seed=0, init=None, exact=False, device=None, 
                 near.copy_(near_centroids(block, centroids, near.shape[1], half))
             if full and not half:
                 new = near[:, 0]
-            elif (
-                full
-            ):  # float32 decides, and the old label stays in the race: the objective cannot rise
+            elif full:  # float32 decides, and the old label stays in the race: the objective cannot rise
                 new = nearest_listed(block, centroids, torch.cat([near, old[:, None]], 1))[0]
                 near[:, -1] = torch.where((near == new[:, None]).any(1), near[:, -1], new)
             else:
@@ -1019,20 +975,16 @@ def kmeans(x, k, *, iterations=20, seed=0, init=None, exact=False, device=None, 
     empty = assign_all(rows, centroids, label) == 0
     while empty.any():
         if not refill(rows, centroids, label, empty, generator):
-            warnings.warn(
-                f"k-means: only {k - int(empty.sum())} distinct rows for {k} clusters"
-            )
+            warnings.warn(f"k-means: only {k - int(empty.sum())} distinct rows for {k} clusters")
             break
         empty = assign_all(rows, centroids, label, top=4) == 0
     return centroids, label
 
 
 def concentration(distance, counts, temperature):
-    """PCL's phi: (K,) summed distance and (K,) size -> (K,) per-prototype temperatures, their mean
-    = temperature.
+    """PCL's phi: (K,) summed distance and (K,) size -> (K,) per-prototype temperatures, mean = temperature.
 
-    phi = mean distance / log(size + 10); sizes 0 and 1 get the largest; clipped to 10th-90th
-    percentile.
+    phi = mean distance / log(size + 10); sizes 0 and 1 get the largest; clipped to the 10th-90th percentile.
     """
     phi = distance / counts.clamp(min=1) / (counts + 10.0).log()
     phi = torch.where(counts > 1, phi, phi.where(counts > 1, 0).max())
@@ -1052,16 +1004,10 @@ def hierarchy_from_centroids(x, raw_centroids, temperature, *, labels=None, devi
     for level, raw in enumerate(raw_centroids):
         rows = Rows(items, device, sharded=level == 0)
         raw = torch.as_tensor(raw).to(rows.device, torch.float32)
-        label = (
-            labels[level]
-            if labels
-            else torch.zeros(len(items), dtype=torch.long, device=rows.device)
-        )
+        label = labels[level] if labels else torch.zeros(len(items), dtype=torch.long, device=rows.device)
         if not labels:
             assign_all(rows, raw, label, top=4)
-        distance, counts = cluster_sums(
-            own_distance(rows, raw, label).sqrt()[:, None], label, len(raw)
-        )
+        distance, counts = cluster_sums(own_distance(rows, raw, label).sqrt()[:, None], label, len(raw))
         phi.append(concentration(rows.reduce(distance)[:, 0], rows.reduce(counts), temperature))
         assign.append(label)
         items = F.normalize(raw, dim=1)
@@ -1080,9 +1026,7 @@ def hierarchical_kmeans(x, clusters, *, temperature, iterations=20, seed=0, devi
     """
     raw, labels, items = [], [], x
     for level, k in enumerate(clusters):
-        centroids, label = kmeans(
-            items, k, iterations=iterations, seed=seed, device=device, sharded=level == 0
-        )
+        centroids, label = kmeans(items, k, iterations=iterations, seed=seed, device=device, sharded=level == 0)
         raw.append(centroids)
         labels.append(label)
         items = F.normalize(centroids, dim=1)
@@ -1117,12 +1061,12 @@ def semantic_path_loss(z, hierarchy, index, negative_leaves, eps=1e-6):
         prototypes = prototypes.detach().to(z.dtype)
         sim = z[:, level] @ prototypes.T  # (B, K_l)
         cos = sim.gather(1, node) / prototypes.norm(dim=1)[node]  # float32 rows are unit up to 1e-7 only
-        score = score * (1 + cos) / 2  # (B, 1+M)
+        score = score * (1 + cos) / 2  # (B, 1+M), HIRL path score
     true_negative = (negative_leaves != own_leaf).to(z.dtype)  # (B, M); in a tree the leaf names the path
     positive = -torch.log(score[:, 0] + eps)  # (B,)
     negative = -torch.log(1 - score[:, 1:] + eps) * true_negative  # (B, M)
     negative = negative.sum(dim=1) / (true_negative.sum(dim=1) + eps)  # (B,)
-    return (positive + negative).mean() / 2
+    return (positive + negative).mean() / 2  # HIRL loss
 
 
 # ---- kNN: is it learning?
