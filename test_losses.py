@@ -647,6 +647,13 @@ def test_every_flag_has_help():
             assert any(word.arg == "help" for word in node.keywords), f"{path.name}: {node.args[0].value}"
 
 
+def test_warm_up_keeps_its_share_when_epochs_change():
+    """A preset's 8 warm-up epochs of 20 become 2 of 5; what the command line asks for is never changed."""
+    assert hirl_moco.parse_args([]).warmup_epochs == 8
+    assert hirl_moco.parse_args(["--epochs", "5"]).warmup_epochs == 2
+    assert hirl_moco.parse_args(["--epochs", "5", "--warmup-epochs", "4"]).warmup_epochs == 4
+
+
 def lifted(function):
     """The function compiled from its source alone, as if pasted into an empty file."""
     namespace = {"torch": torch, "F": F, "math": math}
