@@ -1294,6 +1294,9 @@ def launch(main, parse_args):
     name = Path(sys.argv[0]).name
     try:
         main(parse_args())
+        if world()[1] > 1:  # leave together: a process that ends while another still talks to it may abort
+            barrier()
+            dist.destroy_process_group()
         return
     except UserError as error:
         code, sentence = 2, error
