@@ -1758,6 +1758,11 @@ class Meter:
                     peak_memory_gib=round(peak_memory(), 3))
 
 
+def feature_std(embedding):
+    """Spread of the unit rows of (B, D): 1 where they point everywhere, 0 where all point one way."""
+    return embedding.detach().std(dim=0).mean() * embedding.shape[1] ** 0.5
+
+
 def peak_memory():
     """GiB: the device's high-water mark on CUDA, else the process's."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():

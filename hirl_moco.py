@@ -140,13 +140,12 @@ def level_head(dim):
 
 # ---- [shared: moco] model
 class MoCo(nn.Module):
-    """Query encoder, its slow copy for the keys, a queue of past keys; `heads` is the method's own."""
+    """Query encoder, its slow copy for the keys, a queue of past keys."""
 
-    def __init__(self, encoder, dim, queue_size, heads=()):
+    def __init__(self, encoder, dim, queue_size):
         super().__init__()
         self.encoder_q = encoder
         self.encoder_k = copy.deepcopy(encoder).requires_grad_(False)
-        self.heads = nn.ModuleList(heads)
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))  # (Q, D)
         self.register_buffer("queue_ptr", torch.zeros((), dtype=torch.int64))
 
@@ -200,8 +199,8 @@ def main(args):
 
     # ---- [method] model
     queue_size = common.at_most("queue_size", args.queue_size, len(train), args)
-    model = MoCo(Encoder(args.arch, args.stem, args.projector, args.dim), args.dim, queue_size,
-                 heads=[level_head(args.dim) for _ in clusters])
+    model = MoCo(Encoder(args.arch, args.stem, args.projector, args.dim), args.dim, queue_size)
+    model.heads = nn.ModuleList(level_head(args.dim) for _ in clusters)  # last: the rest starts as without them
     if args.bn == "sync":
         common.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
     model.to(device, memory_format=torch.channels_last)
@@ -209,6 +208,7 @@ def main(args):
                           for encoder in (model.encoder_q, model.encoder_k))
     chance = {"moco": math.log(1 + queue_size)}
     exported, clustered = model.encoder_q, model.encoder_k  # the one people take, the one that is clustered
+    views = [augmentation] * 2  # of each image
 
     # ---- [method] optimizer
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], peak_lr,
@@ -243,32 +243,42 @@ def main(args):
     if not run.rows(before=start_epoch + 1):
         run.write(dict(epoch=0, knn=knn(), knn_pixels=common.knn_of_pixels(train, test, args.image_size, device)))
     for epoch in range(start_epoch, args.epochs):
+
+        # ---- [shared: tree] tree of the epoch
         if clusters and epoch >= args.warmup_epochs and start_step == 0:
             hierarchy = grow_tree(F.normalize(features(clustered, train), dim=1), seed=args.seed + epoch)
-        batches = common.batches(train, batch_size, [augmentation] * 2, seed=args.seed, epoch=epoch,
-                                 start=start_step, **loader)
+
+        # ---- [shared] batches
+        batches = common.batches(train, batch_size, views, seed=args.seed, epoch=epoch, start=start_step, **loader)
         batches = meter.timed(common.progress(batches, steps_per_epoch - start_step, epoch))
-        for step, index, (view_q, view_k) in batches:
+        for step, index, crops in batches:
             done = (epoch + step / steps_per_epoch) / args.epochs
-            lr = 0.5 * peak_lr * (1 + math.cos(math.pi * done))
-            optimizer.param_groups[0]["lr"] = lr
             place = (args.seed, epoch, step)
 
+            # ---- [shared: cosine] learning rate
+            lr = 0.5 * peak_lr * (1 + math.cos(math.pi * done))
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
             # ---- [shared: moco] queries and keys
+            view_q, view_k = crops
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                raw_q = encode_q(view_q).float()  # (B, D)
+                raw = encode_q(view_q).float()  # (B, D)
                 with torch.no_grad():  # no gradient to keys
                     model.update_key_encoder(args.ema_momentum)  # before encoding
                     if args.bn == "shuffle" and common.world()[1] > 1:
                         k = shuffled_batch_norm(encode_k, view_k, common.random_state(*place, "shuffle")).float()
                     else:
                         k = encode_k(view_k).float()
-            q, k = F.normalize(raw_q, dim=1), F.normalize(k, dim=1)
+            q, k = F.normalize(raw, dim=1), F.normalize(k, dim=1)
 
-            # ---- [method] losses
+            # ---- [method] base loss
             losses = {"moco": info_nce(q, k, model.queue, args.temperature)}  # queue of before this step
+            watched = {"feature_std": common.feature_std(q)}
+
+            # ---- [shared: hirl] path loss
             if hierarchy:
-                z = F.normalize(torch.stack([head(raw_q) for head in model.heads], dim=1), dim=2)  # (B, L, D)
+                z = F.normalize(torch.stack([head(raw) for head in model.heads], dim=1), dim=2)  # (B, L, D)
                 leaves = torch.randint(len(hierarchy.prototypes[0]), (batch_size, args.negative_paths),
                                        generator=common.random_state(*place, "negative paths"))
                 leaves = leaves[common.local_rows(batch_size)].to(device)  # (B, M)
@@ -284,7 +294,7 @@ def main(args):
             model.enqueue(common.all_gather_rows(k))
 
             # ---- [shared] log
-            meter.add(step, {**losses, "feature_std": q.detach().std(dim=0).mean() * args.dim ** 0.5})
+            meter.add(step, {**losses, **watched})
             run.stop_if_asked(lambda: save(epoch, step + 1))
         last = epoch + 1 == args.epochs
         run.write(dict(epoch=epoch + 1, **meter.means(), lr=optimizer.param_groups[0]["lr"],

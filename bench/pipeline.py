@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from losses import cpu_name
 from torchvision import transforms
@@ -49,8 +50,8 @@ def main():
     view = hirl_moco.AUGMENTATIONS["textures" if args.data == "textures" else "cifar"]
     torch.manual_seed(0)
     clusters = [k for k in preset["clusters"] if k < len(train) / 4]
-    model = hirl_moco.MoCo(hirl_moco.Encoder(args.arch, args.stem, "mlp-bn", 128), 128, preset["queue_size"],
-                           [hirl_moco.level_head(128) for _ in clusters])
+    model = hirl_moco.MoCo(hirl_moco.Encoder(args.arch, args.stem, "mlp-bn", 128), 128, preset["queue_size"])
+    model.heads = nn.ModuleList(hirl_moco.level_head(128) for _ in clusters)
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.01, momentum=0.9)
 
