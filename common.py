@@ -1069,6 +1069,98 @@ def semantic_path_loss(z, hierarchy, index, negative_leaves, eps=1e-6):
     return (positive + negative).mean() / 2  # HIRL loss
 
 
+@torch.no_grad()
+def hcsc_instance_selection(queue, hierarchy, index):
+    """HCSC: how likely each queue entry is a true negative of each image, one matrix a level.
+
+    keep(n, j) = 1 - softmax_i(u_j . c_i^l / phi_i^l)[y_l(n)]: an entry that belongs to the image's own cluster
+    is likely to mean the same thing, and is likely to be left out.
+
+    queue (Q, D) unit rows u_j; hierarchy: Hierarchy of L levels; index (B,) int64, the images' places in the
+    data set, y_l(n) = assign[l][index[n]]. Returns L x (B, Q), the parameters of Bernoulli draws. phi is floored
+    at 1e-3, as in the release. Source: HCSC (2202.00455), selection of instances.
+    """
+    keep = []
+    for prototypes, assign, phi in zip(hierarchy.prototypes, hierarchy.assign, hierarchy.concentration):
+        scaled = (prototypes / phi.clamp(min=1e-3)[:, None]).to(queue.dtype)  # (K_l, D)
+        own = assign[index]  # (B,)
+        member = [torch.softmax(entries @ scaled.T, dim=1)[:, own].T for entries in queue.split(1024)]
+        keep.append(1 - torch.cat(member, dim=1))  # (B, Q)
+    return keep
+
+
+@torch.no_grad()
+def hcsc_prototype_selection(hierarchy, index):
+    """HCSC: how likely each prototype is a true negative of each image, one matrix a level.
+
+    keep(n, j) = 1 - softmax_i(c_j^l . c_i^{l+1} / phi_i^{l+1})[pa(y_l(n))]: a prototype under the same parent as
+    the image's own is likely to be left out; at the top level all stay. The own prototype's column is 0.
+
+    Arguments as above. Returns L x (B, K_l). Source: HCSC (2202.00455), selection of prototypes.
+    """
+    keep = []
+    for level, (prototypes, assign) in enumerate(zip(hierarchy.prototypes, hierarchy.assign)):
+        own = assign[index]  # (B,)
+        if level + 1 < len(hierarchy.prototypes):
+            above, phi = hierarchy.prototypes[level + 1], hierarchy.concentration[level + 1]
+            member = torch.softmax(prototypes @ (above / phi[:, None]).T, dim=1)  # (K_l, K_l+1)
+            chance = 1 - member.T[hierarchy.parent[level][own]]  # (B, K_l)
+        else:
+            chance = torch.ones(len(own), len(prototypes), dtype=prototypes.dtype, device=own.device)
+        keep.append(chance.scatter(1, own[:, None], 0))
+    return keep
+
+
+def hcsc_instance_loss(q, k, queue, masks, temperature, *, unselected="remove"):
+    """HCSC's instance-wise contrast: InfoNCE at each level, against the negatives selected there.
+
+    loss^l = mean_n [ log(exp(q.k/T) + sum_{j: mask^l_nj = 1} exp(q.u_j/T)) - q.k/T ]
+
+    q, k (B, D) and queue (Q, D) unit rows; masks L x (B, Q), 1 = stays a negative; the gradient goes to q alone.
+    Returns (L,). Source: HCSC (2202.00455), instance-wise loss.
+    DEVIATION (released code): unselected="zero" multiplies the logit by the mask instead, so that an entry that
+    was left out still adds exp(0) = 1 to the sum.
+    """
+    if unselected not in ("remove", "zero"):
+        raise ValueError(f"unselected is 'remove' or 'zero', not {unselected!r}")
+    pos = (q * k.detach()).sum(dim=1, keepdim=True) / temperature  # (B, 1)
+    neg = q @ queue.detach().T / temperature  # (B, Q)
+    losses = []
+    for mask in masks:
+        kept = neg.masked_fill(mask == 0, -math.inf if unselected == "remove" else 0.0)
+        losses.append((torch.cat([pos, kept], dim=1).logsumexp(dim=1) - pos[:, 0]).mean())
+    return torch.stack(losses)
+
+
+def hcsc_prototype_loss(q, hierarchy, index, masks, *, unselected="remove", exclude="own"):
+    """HCSC's prototypical contrast: the own prototype against the selected ones of its level.
+
+    loss^l = mean_n [ log(sum_{j = y_l(n) or mask^l_nj = 1} exp(q.c_j/phi_j)) - q.c_{y_l(n)}/phi_{y_l(n)} ]
+
+    q (B, D) unit rows, the gradient goes here alone; hierarchy, index as above; masks L x (B, K_l), 1 = stays
+    a negative. Returns (L,). Source: HCSC (2202.00455), prototypical loss.
+    DEVIATION (released code): unselected="zero" as above; exclude="batch" takes the positives of *all* images of
+    the batch, and the largest cluster number in use, off everybody's negatives: when a batch meets every
+    cluster of a level none is left, and loss and gradient are exactly 0.
+    """
+    if unselected not in ("remove", "zero") or exclude not in ("own", "batch"):
+        raise ValueError(f"unselected is 'remove' or 'zero', not {unselected!r}; "
+                         f"exclude is 'own' or 'batch', not {exclude!r}")
+    losses = []
+    for prototypes, assign, phi, mask in zip(hierarchy.prototypes, hierarchy.assign, hierarchy.concentration, masks):
+        own = assign[index][:, None]  # (B, 1)
+        logits = q @ (prototypes / phi[:, None]).detach().to(q.dtype).T  # (B, K_l)
+        kept = logits.masked_fill(mask == 0, -math.inf if unselected == "remove" else 0.0)
+        if exclude == "batch":
+            absent = torch.zeros(len(prototypes), dtype=torch.bool, device=q.device)
+            absent[own] = True
+            absent[assign.max():] = True  # off by one: the last cluster is never a negative
+            kept = kept.masked_fill(absent, -math.inf)
+        pos = logits.gather(1, own)  # (B, 1)
+        losses.append((kept.scatter(1, own, pos).logsumexp(dim=1) - pos[:, 0]).mean())
+    return torch.stack(losses)
+
+
 # ---- kNN: is it learning?
 
 
@@ -1456,10 +1548,10 @@ def preset_table(presets):
     return "\n".join("".join(f"{cell:17}" for cell in row) for row in rows)
 
 
-def random_state(seed, *place):
-    """A CPU generator that depends on the seed and the place (epoch, step, ...) alone."""
+def random_state(seed, *place, device="cpu"):
+    """A generator that depends on the seed and the place (epoch, step, ...) alone; `device` for large draws."""
     digest = hashlib.blake2b(repr((seed, *place)).encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
 
 
 def local_rows(n):

@@ -261,7 +261,7 @@ def main(args):
                 group["lr"] = lr
 
             # ---- [shared: moco] queries and keys
-            view_q, view_k = crops
+            view_q, view_k = crops[:2]
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 raw = encode_q(view_q).float()  # (B, D)
                 with torch.no_grad():  # no gradient to keys

@@ -30,6 +30,7 @@ import torchvision.transforms.functional as TF
 from torch.testing import assert_close
 
 import common
+import hcsc
 import hirl_moco
 
 HERE = Path(__file__).resolve().parent
@@ -53,14 +54,15 @@ def on_circle(*degrees):
 
 
 def random_tree(sizes=K, dim=D, images=N, seed=0):
-    """A Hierarchy of random prototypes and parents; `concentration` plays no part in HIRL."""
+    """A Hierarchy of random prototypes, parents and concentrations (these play no part in HIRL)."""
     generator = torch.Generator().manual_seed(seed)
     parent = [torch.randint(up, (k,), generator=generator) for k, up in zip(sizes, sizes[1:])]
     assign = [torch.randint(sizes[0], (images,), generator=generator)]
     for up in parent:
         assign.append(up[assign[-1]])
     prototypes = [unit(k, dim, seed=seed + 10 + level) for level, k in enumerate(sizes)]
-    return common.Hierarchy(prototypes, assign, parent, [])
+    phi = [torch.rand(k, generator=generator, dtype=torch.float64) * 0.4 + 0.1 for k in sizes]
+    return common.Hierarchy(prototypes, assign, parent, phi)
 
 
 def golden(name):
@@ -471,6 +473,385 @@ def test_level_heads_golden():
             assert_close(getattr(head[1], name), g[f"after.projections.{level}.batch_norms.0.{name}"], **EXACT)
 
 
+# ---- HCSC: selection and the two losses
+# Oracles read one image, one negative, one cluster at a time, in plain numbers.
+
+
+def dot(a, b):
+    return sum(x * y for x, y in zip(a.tolist(), b.tolist()))
+
+
+def slow_member(x, prototypes, phi, cluster):
+    """softmax_i(x . c_i / phi_i)[cluster]."""
+    weights = [math.exp(dot(x, c) / p) for c, p in zip(prototypes, phi.tolist())]
+    return weights[cluster] / sum(weights)
+
+
+def slow_instance_selection(queue, tree, index):
+    return [torch.tensor([[1 - slow_member(u, tree.prototypes[level], tree.concentration[level].clamp(min=1e-3),
+                                           int(tree.assign[level][n])) for u in queue] for n in index],
+                         dtype=torch.float64) for level in range(len(tree.prototypes))]
+
+
+def slow_prototype_selection(tree, index):
+    keep = []
+    for level, prototypes in enumerate(tree.prototypes):
+        table = torch.ones(len(index), len(prototypes), dtype=torch.float64)
+        for row, n in enumerate(index):
+            own = int(tree.assign[level][n])
+            for j, c in enumerate(prototypes):
+                if j == own:
+                    table[row, j] = 0
+                elif level + 1 < len(tree.prototypes):
+                    parent = int(tree.parent[level][own])
+                    table[row, j] = 1 - slow_member(c, tree.prototypes[level + 1], tree.concentration[level + 1],
+                                                    parent)
+        keep.append(table)
+    return keep
+
+
+def slow_contrast(positive, negatives, kept, unselected):
+    """log(sum exp) - positive over the positive and the negatives; those not kept: nothing, or exp(0)."""
+    total = math.exp(positive)
+    for negative, keep in zip(negatives, kept):
+        total += math.exp(negative) if keep else 1.0 if unselected == "zero" else 0.0
+    return math.log(total) - positive
+
+
+def slow_instance_loss(q, k, queue, masks, temperature, *, unselected="remove"):
+    return [sum(slow_contrast(dot(q[n], k[n]) / temperature, [dot(q[n], u) / temperature for u in queue],
+                              mask[n].tolist(), unselected) for n in range(len(q))) / len(q) for mask in masks]
+
+
+def slow_prototype_loss(q, tree, index, masks, *, unselected="remove", exclude="own"):
+    losses = []
+    for prototypes, assign, phi, mask in zip(tree.prototypes, tree.assign, tree.concentration, masks):
+        positives = [int(assign[n]) for n in index]
+        total = 0.0
+        for row, own in enumerate(positives):
+            logits = [dot(q[row], c) / p for c, p in zip(prototypes, phi.tolist())]
+            if exclude == "own":
+                others = [j for j in range(len(prototypes)) if j != own]
+            else:
+                others = [j for j in range(int(assign.max())) if j not in positives]
+            total += slow_contrast(logits[own], [logits[j] for j in others], [mask[row, j] for j in others],
+                                   unselected)
+        losses.append(total / len(q))
+    return losses
+
+
+def hcsc_batch(sizes=K, batch=B, seed=0):
+    """(q, k, queue, tree, index, instance masks, prototype masks) with random entries."""
+    generator = torch.Generator().manual_seed(seed)
+    tree, index = random_tree(sizes, seed=seed), torch.randint(N, (batch,), generator=generator)
+    instance = [torch.rand(batch, Q, generator=generator) < 0.6 for _ in sizes]
+    prototype = [torch.rand(batch, k, generator=generator) < 0.6 for k in sizes]
+    return (unit(batch, D, seed=seed + 1), unit(batch, D, seed=seed + 2), unit(Q, D, seed=seed + 3), tree, index,
+            instance, prototype)
+
+
+def check_hcsc_losses(instance_loss, prototype_loss):
+    for sizes in (K, (8,), (12, 10, 6, 4)):
+        q, k, queue, tree, index, instance, prototype = hcsc_batch(sizes, seed=len(sizes))
+        for unselected in ("remove", "zero"):
+            how = dict(unselected=unselected)
+            assert_close(instance_loss(q, k, queue, instance, 0.2, **how).tolist(),
+                         slow_instance_loss(q, k, queue, instance, 0.2, **how), **EXACT)
+            for exclude in ("own", "batch"):
+                assert_close(prototype_loss(q, tree, index, prototype, exclude=exclude, **how).tolist(),
+                             slow_prototype_loss(q, tree, index, prototype, exclude=exclude, **how), **EXACT)
+    single = prototype_loss(q.float(), tree, index, prototype)
+    assert single.dtype == torch.float32 and single.shape == (4,)
+    assert_close(single.tolist(), slow_prototype_loss(q, tree, index, prototype), **SINGLE)
+    assert instance_loss(q.float(), k.float(), queue.float(), instance, 0.2).dtype == torch.float32
+
+
+def test_hcsc_losses_equal_the_loops():  # HCSC, instance-wise and prototypical loss
+    check_hcsc_losses(common.hcsc_instance_loss, common.hcsc_prototype_loss)
+
+
+def test_hcsc_selections_equal_the_loops():  # HCSC, selection of instances and of prototypes
+    for sizes in (K, (8,), (12, 10, 6, 4)):
+        _, _, queue, tree, index, _, _ = hcsc_batch(sizes, seed=len(sizes))
+        tree.concentration[0][2] = 1e-5  # under the floor
+        for ours, slow in zip(common.hcsc_instance_selection(queue, tree, index),
+                              slow_instance_selection(queue, tree, index), strict=True):
+            assert_close(ours, slow, **EXACT)
+        tree.concentration[0][2] = 0.3
+        for ours, slow in zip(common.hcsc_prototype_selection(tree, index), slow_prototype_selection(tree, index),
+                              strict=True):
+            assert_close(ours, slow, **EXACT)
+
+
+def two_clusters():
+    """Level 0: clusters at 0, 90, 180 degrees; level 1: one at 0 (parent of the first two), one at 180; phi 1/2."""
+    half = torch.full((3,), 0.5, dtype=torch.float64)
+    return common.Hierarchy([on_circle(0, 90, 180), on_circle(0, 180)], [torch.tensor([0]), torch.tensor([0])],
+                            [torch.tensor([0, 0, 1])], [half, half[:2]])
+
+
+def test_hcsc_selection_by_hand():
+    """An entry at 0 degrees against clusters at 0, 90, 180 with phi 1/2: logits 2, 0, -2, so the image's own
+    cluster (at 0) has the share e^2 / (e^2 + 1 + e^-2), and the entry stays with one minus that.
+
+    The prototype at 90 degrees lies between both parents, logits 0 and 0: it stays with chance 1/2. That at 180
+    has logits -2 and 2: it stays with 1 - e^-2 / (e^2 + e^-2). At the top all stay.
+    """
+    tree, image, e2 = two_clusters(), torch.tensor([0]), math.exp(2)
+    level_0, level_1 = common.hcsc_instance_selection(on_circle(0), tree, image)
+    assert_close(level_0.item(), 1 - e2 / (e2 + 1 + 1 / e2))
+    assert_close(level_1.item(), 1 - e2 / (e2 + 1 / e2))
+    below, top = common.hcsc_prototype_selection(tree, image)
+    assert_close(below.tolist(), [[0.0, 0.5, 1 - (1 / e2) / (e2 + 1 / e2)]])
+    assert top.tolist() == [[0.0, 1.0]]
+
+
+def test_hcsc_losses_by_hand():
+    """q and k at 0 degrees, entries at 90 (left out) and 60 (stays), T = 1/2: logits 2 | 0, 1.
+
+    Removed: log(e^2 + e) - 2. Kept at zero: log(e^2 + 1 + e) - 2. Prototypes at 0 (own), 90, 180, phi 1/2, all
+    stay: log(e^2 + 1 + e^-2) - 2, one image alone: the released list drops number 2, the last in use or above.
+    """
+    q, queue = on_circle(0), on_circle(90, 60)
+    masks = [torch.tensor([[False, True]])]
+    for unselected, rest in (("remove", 0.0), ("zero", 1.0)):
+        loss = common.hcsc_instance_loss(q, q, queue, masks, 0.5, unselected=unselected)
+        assert_close(loss.tolist(), [math.log(math.exp(2) + rest + math.e) - 2])
+    tree = two_clusters()
+    tree.assign[0] = torch.tensor([0, 2])
+    flat = common.Hierarchy(tree.prototypes[:1], tree.assign[:1], [], tree.concentration[:1])
+    everything = [torch.ones(1, 3)]
+    for exclude, rest in (("own", 1 + math.exp(-2)), ("batch", 1)):
+        loss = common.hcsc_prototype_loss(q, flat, torch.tensor([0]), everything, exclude=exclude)
+        assert_close(loss.tolist(), [math.log(math.exp(2) + rest) - 2])
+
+
+def test_hcsc_keeping_everything_is_info_nce():
+    """All masks 1: the instance loss of every level is MoCo's; at equal logits log(1 + Q)."""
+    q, k, queue, *_ = hcsc_batch()
+    ones = [torch.ones(B, Q)] * L
+    for unselected in ("remove", "zero"):
+        loss = common.hcsc_instance_loss(q, k, queue, ones, 0.2, unselected=unselected)
+        assert_close(loss.tolist(), [hirl_moco.info_nce(q, k, queue, 0.2).item()] * L, **EXACT)
+    same_way = unit(1, D).expand(B, D)
+    loss = common.hcsc_instance_loss(same_way, same_way, same_way[:1].expand(Q, D), ones, 0.2)
+    assert_close(loss.tolist(), [math.log(1 + Q)] * L)
+
+
+def test_hcsc_losses_do_not_care_for_order():
+    q, k, queue, tree, index, instance, prototype = hcsc_batch()
+    row, entry = torch.randperm(B), torch.randperm(Q)
+    assert_close(common.hcsc_instance_loss(q[row], k[row], queue[entry], [m[row][:, entry] for m in instance], 0.2),
+                 common.hcsc_instance_loss(q, k, queue, instance, 0.2))
+    assert_close(common.hcsc_prototype_loss(q[row], tree, index[row], [m[row] for m in prototype], exclude="batch"),
+                 common.hcsc_prototype_loss(q, tree, index, prototype, exclude="batch"))
+
+
+def test_hcsc_gradient_reaches_the_query_alone():
+    q, k, queue, tree, index, instance, prototype = hcsc_batch()
+    for tensor in (q, k, queue, *tree.prototypes, *tree.concentration):
+        tensor.requires_grad_()
+    keep = common.hcsc_instance_selection(queue, tree, index) + common.hcsc_prototype_selection(tree, index)
+    assert not any(chance.requires_grad for chance in keep)
+    loss = common.hcsc_instance_loss(q, k, queue, instance, 0.2)
+    (loss.sum() + common.hcsc_prototype_loss(q, tree, index, prototype).sum()).backward()
+    assert q.grad.norm() > 0
+    assert all(tensor.grad is None for tensor in (k, queue, *tree.prototypes, *tree.concentration))
+    assert torch.autograd.gradcheck(lambda q: common.hcsc_instance_loss(q, k, queue, instance, 0.2), q)
+    assert torch.autograd.gradcheck(lambda q: common.hcsc_prototype_loss(q, tree, index, prototype), q)
+
+
+def test_hcsc_without_negatives_costs_nothing():
+    """Nothing selected: removed leaves the positive alone, loss and gradient 0; kept at zero it is not 0."""
+    q, k, queue, tree, index, *_ = hcsc_batch()
+    q.requires_grad_()
+    loss = common.hcsc_instance_loss(q, k, queue, [torch.zeros(B, Q)], 0.2)
+    loss = loss + common.hcsc_prototype_loss(q, tree, index, [torch.zeros(B, k_l) for k_l in K])
+    assert_close(loss.tolist(), [0.0] * L, rtol=0, atol=1e-12)
+    assert torch.autograd.grad(loss.sum(), q)[0].abs().max() < 1e-12
+    assert common.hcsc_instance_loss(q, k, queue, [torch.zeros(B, Q)], 0.2, unselected="zero").item() > 0.1
+
+
+def test_hcsc_refuses_unknown_readings():
+    q, k, queue, tree, index, instance, prototype = hcsc_batch()
+    for call in (lambda: common.hcsc_instance_loss(q, k, queue, instance, 0.2, unselected="drop"),
+                 lambda: common.hcsc_prototype_loss(q, tree, index, prototype, exclude="all")):
+        try:
+            call()
+        except ValueError as error:
+            assert "remove" in str(error)
+        else:
+            raise AssertionError("accepted")
+
+
+def golden_tree(g, prefix=""):
+    """The tree of a golden file; `prefix` names other temperatures where the file has them."""
+    levels = range(sum(key.startswith("centroids_") for key in g))
+    phi = [g.get(f"{prefix}density_{level}", g[f"density_{level}"]).double() for level in levels]
+    assign = [g[f"im2cluster_{level}"] for level in levels]
+    parent = [torch.zeros(len(phi[level]), dtype=torch.long).scatter(0, assign[level], assign[level + 1])
+              for level in levels[:-1]]
+    return common.Hierarchy([g[f"centroids_{level}"].double() for level in levels], assign, parent, phi)
+
+
+def gradients(losses, q):
+    """One gradient wrt q for each of the losses (L,): (L, B, D)."""
+    return torch.stack([torch.autograd.grad(loss, q, retain_graph=True)[0] for loss in losses])
+
+
+def test_hcsc_instance_golden():
+    """Chances, losses in both readings and gradients; temperatures under the floor, nothing or all selected."""
+    g = golden("hcsc_instance")
+    q, k, queue = g["q"].double().requires_grad_(), g["k"].double(), g["queue_kd"].double()
+    for prefix in ("", "edge_"):
+        tree = golden_tree(g, prefix)
+        keep = common.hcsc_instance_selection(queue, tree, g["index"])
+        clipped, _ = hcsc.released_selection(tree, g["index"], queue, g["T"])
+        masks = [g[f"{prefix}mask_{level}"] for level in range(3)]
+        for level in range(3):
+            assert_close(keep[level], g[f"{prefix}p_select_{level}"], **EXACT)
+            assert_close(clipped[level], g[f"{prefix}p_bernoulli_{level}"], **EXACT)
+        for unselected, name in (("zero", "upstream_masked_to_zero"), ("remove", "paper_removed")):
+            loss = common.hcsc_instance_loss(q, k, queue, masks, g["T"], unselected=unselected)
+            assert_close(loss.detach(), g[f"{prefix}loss_{name}"], **EXACT)
+            assert_close(gradients(loss, q), g[f"{prefix}grad_q_{name}"], **EXACT)
+    plain = hcsc.info_nce(q, k, queue, g["T"])
+    assert_close(plain.item(), g["loss_no_selection"], **EXACT)
+    assert_close(gradients([plain], q)[0], g["grad_q_no_selection"], **EXACT)
+
+
+def on_all(g, name, level, shape, absent):
+    """A golden mask on the released list of candidates as one on all prototypes, `absent` elsewhere."""
+    mask = torch.full(shape, absent)
+    mask[:, g[f"neg_id_upstream_{level}"]] = g[f"{name}_{level}"].to(mask.dtype)
+    return mask
+
+
+def test_hcsc_prototype_golden():
+    """Chances and losses of all four readings, with gradients; 0 or 1 where the release has no candidate."""
+    g = golden("hcsc_proto")
+    q, index = g["q"].double().requires_grad_(), g["index"]
+    tree = golden_tree(g)
+    keep = common.hcsc_prototype_selection(tree, index)
+    for level in range(2):
+        assert_close(keep[level], g[f"p_select_paper_{level}"], rtol=0, atol=5e-6)  # by way of float32 cosines
+    assert_close(keep[2], g["mask_paper_2"].double())
+    strict = [g[f"mask_paper_{level}"] for level in range(3)]
+    for absent in (0, 1):  # what a mask says of prototypes that are no candidates must not matter
+        released = [on_all(g, "mask_upstream", level, strict[level].shape, absent) for level in range(3)]
+        ones = [torch.ones_like(mask) for mask in released]
+        for name, masks, unselected, exclude in (
+                ("upstream_masked_to_zero", released, "zero", "batch"),
+                ("upstream_negs_removed", released, "remove", "batch"),
+                ("paper_negs_masked_to_zero", strict, "zero", "own"),
+                ("paper_removed", strict, "remove", "own"),
+                ("upstream_negs_no_selection", ones, "remove", "batch")):
+            loss = common.hcsc_prototype_loss(q, tree, index, masks, unselected=unselected, exclude=exclude)
+            assert_close(loss.detach(), g[f"loss_{name}"], **EXACT)
+            assert_close(gradients(loss, q), g[f"grad_q_{name}"], **EXACT)
+
+
+def test_hcsc_released_selection_golden():
+    """H5 and H6: chances clipped, phi of the parents rescaled to mean T, which its `edge_` phi is far from."""
+    g = golden("hcsc_proto")
+    for prefix in ("", "edge_"):
+        tree = golden_tree(g, prefix)
+        _, keep = hcsc.released_selection(tree, g["index"], unit(Q, 16), g["T"])
+        for level in range(2):
+            assert_close(keep[level][:, g[f"neg_id_upstream_{level}"]], g[f"{prefix}p_bernoulli_upstream_{level}"],
+                         rtol=0, atol=5e-6)
+        assert keep[2].max() == 1  # the top level is not clipped
+    masks = [on_all(g, "edge_mask_upstream", level, keep[level].shape, 0) for level in range(3)]
+    loss = common.hcsc_prototype_loss(g["q"].double(), tree, g["index"], masks, unselected="zero", exclude="batch")
+    assert_close(loss, g["edge_loss_upstream_masked_to_zero"], **EXACT)
+
+
+def test_hcsc_released_prototype_loss_vanishes_in_a_large_batch():  # H3
+    """As many images as clusters or more: the released loss and its gradient are exactly 0, the paper's are not."""
+    g = golden("hcsc_proto")
+    q, tree = g["bigbatch_q"].double().requires_grad_(), golden_tree(g)
+    masks = [torch.zeros(len(q), len(prototypes)) for prototypes in tree.prototypes]
+    for level in (0, 1):
+        left = [j for j in range(int(tree.assign[level].max())) if j not in tree.assign[level][g["bigbatch_index"]]]
+        assert len(left) == g["bigbatch_n_neg_upstream"][level]
+        masks[level][:, left] = g[f"bigbatch_mask_upstream_{level}"].float()
+    loss = common.hcsc_prototype_loss(q, tree, g["bigbatch_index"], masks, unselected="zero", exclude="batch")
+    assert_close(loss.detach(), g["bigbatch_loss_upstream_masked_to_zero"], **EXACT)
+    assert_close(gradients(loss, q).flatten(1).norm(dim=1), g["bigbatch_grad_norm_upstream"], **EXACT)
+    assert loss[2] == 0 and gradients(loss, q)[2].abs().max() == 0
+    ones = [torch.ones_like(mask) for mask in masks]
+    loss = common.hcsc_prototype_loss(q, tree, g["bigbatch_index"], ones)
+    assert_close(loss.detach(), g["bigbatch_loss_own_excluded_no_selection"], **EXACT)
+    assert_close(gradients(loss, q).flatten(1).norm(dim=1), g["bigbatch_grad_norm_own_excluded_no_selection"],
+                 **EXACT)
+
+
+def test_hcsc_released_prototype_loss_vanishes_at_the_presets_scale():  # H3
+    """The CIFAR preset's 40 clusters at the top, 512 images: nobody has a negative left in the released reading."""
+    preset = hcsc.PRESETS["cifar"]
+    tree = random_tree(preset["clusters"], images=50_000)
+    index, q = torch.arange(preset["batch_size"]), unit(preset["batch_size"], D, seed=1).requires_grad_()
+    masks = [torch.ones(len(index), k) for k in preset["clusters"]]
+    released = common.hcsc_prototype_loss(q, tree, index, masks, unselected="zero", exclude="batch")
+    assert released[2] == 0 and gradients(released, q)[2].abs().max() == 0
+    assert common.hcsc_prototype_loss(q, tree, index, masks)[2] > 1
+
+
+def test_hcsc_total_golden():
+    """The released composition: one crop, small crops with and without selection, and before the first tree."""
+    g = golden("hcsc_total")
+    tree, index, queue = golden_tree(g), g["index"], g["queue_kd"].double()
+    candidates = {level: [j for j in range(int(tree.assign[level].max())) if j not in tree.assign[level][index]]
+                  for level in range(3)}
+
+    def prototype_masks(name):
+        masks = [torch.zeros(len(index), len(prototypes)) for prototypes in tree.prototypes]
+        for level in (0, 1):
+            masks[level][:, candidates[level]] = g[f"{name}_{level}"].float()
+        masks[2][:] = 1  # at the top level all stay
+        return masks
+
+    for case in ("single", "multi", "multi_nolocalsel"):
+        q, k = g["q"].double().requires_grad_(), g["k"].double()
+        small = [crop.double().requires_grad_() for crop in g["local_views"]] if case != "single" else []
+        instance = [g[f"{case}_inst_mask_{level}"] for level in range(3)]
+        prototype = [prototype_masks(f"{case}_proto_mask")]
+        prototype += [prototype_masks(f"{case}_local{v}_proto_mask") for v in range(len(small))]
+        terms = hcsc.hcsc_terms([q, *small], k, queue, tree, index, instance, prototype, g["T"], release=True,
+                                local_selection=case == "multi")
+        total = sum(terms.values())
+        total.backward()
+        assert_close(total.item(), g[f"{case}_loss_total"], **EXACT)
+        assert_close(q.grad, g[f"{case}_grad_q"], **EXACT)
+        assert_close(terms["instance"].item(), g[f"{case}_inst_losses"].sum().item(), **EXACT)
+        if small:
+            assert_close(torch.stack([crop.grad for crop in small]), g[f"{case}_grad_local"], **EXACT)
+            assert_close(terms["instance_local"].item(), g[f"{case}_local_inst_losses"].sum().item(), **EXACT)
+    q = g["q"].double().requires_grad_()
+    plain = hcsc.info_nce(q, g["k"].double(), queue, g["T"])
+    assert_close(plain.item(), g["warmup_loss_total"], **EXACT)
+    assert_close(gradients([plain], q)[0], g["warmup_grad_q"], **EXACT)
+
+
+def test_hcsc_terms_are_means_over_levels_by_default():  # H2
+    """The paper's reading against the loops; without instance selection the instance term is InfoNCE."""
+    q, k, queue, tree, index, instance, prototype = hcsc_batch()
+    terms = hcsc.hcsc_terms([q], k, queue, tree, index, instance, [prototype], 0.2)
+    assert_close(terms["instance"].item(), sum(slow_instance_loss(q, k, queue, instance, 0.2)) / L, **EXACT)
+    assert_close(terms["prototype"].item(), sum(slow_prototype_loss(q, tree, index, prototype)) / L, **EXACT)
+    for release in (False, True):
+        terms = hcsc.hcsc_terms([q], k, queue, tree, index, None, [prototype], 0.2, release=release)
+        assert_close(terms["instance"].item(), hcsc.info_nce(q, k, queue, 0.2).item())
+
+
+def test_hcsc_draws_follow_the_chances():
+    """0 never, 1 always, between them in proportion; a rank's rows are a slice of the whole batch's draw."""
+    chance = torch.tensor([[0.0, 1.0, 0.25]]).expand(40_000, 3)
+    drawn, = hcsc.draw([chance], 40_000, common.random_state(0, "selection"))
+    share = drawn.float().mean(dim=0)
+    assert share[0] == 0 and share[1] == 1 and abs(share[2] - 0.25) < 0.01  # 4 standard deviations
+
+
 # ---- the k-nearest-neighbour classifier
 
 
@@ -664,6 +1045,7 @@ def lifted(function):
 def test_losses_can_be_lifted():
     check_semantic_path_loss(lifted(common.semantic_path_loss))
     check_info_nce(lifted(hirl_moco.info_nce))
+    check_hcsc_losses(lifted(common.hcsc_instance_loss), lifted(common.hcsc_prototype_loss))
 
 
 # ---- k-means and hierarchy

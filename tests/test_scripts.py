@@ -43,6 +43,7 @@ TINY = (f"--arch tiny --image-size 16 --epochs {EPOCHS} --batch-size {BATCH} --w
         "--workers 0 --base-lr 0.02")
 OWN = {  # small numbers for the arguments that a script has for itself
     "hirl_moco": "--clusters 12 4 2 --queue-size 32 --negative-paths 20",
+    "hcsc": "--clusters 12 4 2 --queue-size 32",
 }
 PLAIN = {"csml": "--neighbours 0 --clusters 0"}  # how a script is told to leave out its hierarchy; else --clusters 0
 TIMINGS = ("images_per_s", "data_wait", "peak_memory_gib")  # what may differ between equal runs

@@ -1,0 +1,389 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.4", "torchvision>=0.19", "numpy", "tqdm"]
+# ///
+"""HCSC on MoCo v2: hierarchical contrastive selective coding (HCSC 2202.00455, MoCo v2 2003.04297).
+
+    1  q = normalise(encoder_q(view 0)), k = normalise(encoder_k(view 1)), theta_k follows theta_q slowly
+    2  once an epoch, after a warm-up: key features of all images -> k-means -> k-means of its
+       centres -> ..., a tree of prototypes c^l whose level 0 is the finest         hierarchical_kmeans
+    3  a queue entry that seems to belong to the image's own cluster of level l is likely left out
+       of its negatives there, by a draw                                        hcsc_instance_selection
+    4  MoCo: q picks k out of the entries that stay, at every level                  hcsc_instance_loss
+    5  a prototype that seems to belong to the parent of the image's own is likely left out too
+                                                                               hcsc_prototype_selection
+    6  q picks its own prototype out of those that stay, at every level             hcsc_prototype_loss
+    7  step on 4 + 6, each averaged over the levels; enqueue k
+
+CPU demo, under 3 minutes   python hcsc.py
+as the authors' code        python hcsc.py --release
+the same without hierarchy  python hcsc.py --clusters 0
+one GPU                     python hcsc.py --data cifar100 --amp --compile
+paper scale, 8 GPUs         torchrun --nproc-per-node=8 hcsc.py --data /imagenet --amp --multi-crop
+
+Symbols  q, k query and key (B, D)     queue u (Q, D)       L levels, 0 the finest      K_l = --clusters
+         c prototypes[l] (K_l, D)      y_l(n) assign[l] image -> cluster     pa parent[l] cluster -> cluster
+         phi concentration[l] (K_l,), a prototype's own temperature (released code: density)
+
+Changes relative to hirl_moco.py: no level heads, no paths; the tree chooses negatives instead.
+
+What the release does differently (--release does all of it), and when it matters
+  H1  an entry left out keeps logit 0, hence still adds exp(0) to the     K_l small: 16 % are left out at 8
+      denominator; here it is removed                                     clusters, 0.03 % at 3000
+  H2  instance terms are summed over levels, prototype terms averaged;    always: L times the weight (and
+      here both are averaged                                              gradient) of the instance terms
+  H3  no image's own prototype is a negative of *any* image of the        K_l <= B or so: nobody has negatives
+      batch; here of that image alone                                     left, loss and gradient are exactly 0
+  H4  the last cluster in use is never a negative (off by one)            hardly
+  H5  keep probabilities clipped to [0, 0.999] (instances) and            K_l of thousands: the clip then drops
+      [1e-4, 0.999] (prototypes)                                          more than the selection does
+  H6  phi of the parent level scaled to mean T before the selection       never: the tree's phi has that mean
+  H11 terms of local crops (--multi-crop) are summed over crops; the same here, levels as in H2
+
+Differs from paper or released code in either case
+  prototype     an image's own is the epoch's k-means assignment of its key feature and the ancestors of that
+                (release); the paper's text takes the most similar one at each level
+  phi           floored at 1e-3 in the selection of instances (release)
+  draws         from (seed, epoch, step), for the whole batch: resumed and distributed runs repeat them
+  failures      a selection that fails stops the run; the release falls back to no selection silently
+  --release     under torchrun H3's batch is a process's part of it, as in the release
+  small data    presets below ImageNet as in hirl_moco.py: batch norm in the projector, faster ema_momentum
+"""
+
+# ---- [shared] imports
+import copy
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import common
+
+# ---- [method] presets: one column a data scale, chosen by --data, printed at start
+PRESETS = {
+    "textures": dict(arch="tiny", stem="3x3s2", projector="mlp-bn", image_size=32, epochs=20, batch_size=64,
+                     base_lr=0.6, weight_decay=5e-4, ema_momentum=0.6, queue_size=256, clusters=[108, 27, 9],
+                     warmup_epochs=8, bn="sync"),
+    "cifar": dict(arch="resnet18", stem="3x3", projector="mlp-bn", image_size=32, epochs=200, batch_size=512,
+                  base_lr=0.06, weight_decay=5e-4, ema_momentum=0.99, queue_size=4096, clusters=[1000, 200, 40],
+                  warmup_epochs=20, bn="sync"),
+    "photos": dict(arch="resnet18", stem="7x7", projector="mlp-bn", image_size=96, epochs=200, batch_size=256,
+                   base_lr=0.06, weight_decay=5e-4, ema_momentum=0.99, queue_size=4096, clusters=[1000, 200, 40],
+                   warmup_epochs=20, bn="sync"),
+    "imagenet": dict(arch="resnet50", stem="7x7", projector="mlp", image_size=224, epochs=200, batch_size=256,
+                     base_lr=0.03, weight_decay=1e-4, ema_momentum=0.999, queue_size=16384,
+                     clusters=[3000, 2000, 1000], warmup_epochs=20, bn="shuffle"),
+}
+
+# ---- [shared: moco] augmentation: MoCo v2's, less blur at 32 px
+AUGMENTATIONS = {
+    "textures": common.Augmentation(scale=(0.4, 1.0), gray_p=0.5, shuffle_p=0.5),
+    "cifar": common.Augmentation(scale=(0.2, 1.0), gray_p=0.2),
+    "photos": common.Augmentation(scale=(0.2, 1.0), gray_p=0.2, blur_p=0.5),
+    "imagenet": common.Augmentation(scale=(0.2, 1.0), gray_p=0.2, blur_p=0.5),
+}
+
+
+# ---- [shared] arguments
+def shared_arguments():
+    p = common.Parser(description=__doc__, epilog=common.preset_table(PRESETS), allow_abbrev=False,
+                      formatter_class=common.HelpFormatter)
+    add = p.add_argument
+    add("--data", default="textures", help="textures, cifar10, cifar100, stl10 or a folder of pictures")
+    add("--data-root", default="data", help="where torchvision's sets are kept")
+    add("--preset", default="auto", choices=["auto", *PRESETS], help="the defaults marked 'preset'")
+    add("--out", help="run folder (default: runs/<script>-<data>-<seed>)")
+    add("--resume", action="store_true", help="continue the run in --out where it stopped")
+    add("--arch", help="tiny, or a torchvision model that ends in fc, as resnet50 (preset)")
+    add("--stem", choices=list(common.STEMS), help="first layer: 3x3 without max-pool, or torchvision's (preset)")
+    add("--projector", choices=["mlp", "mlp-bn"], help="two linear layers, or with batch norm between (preset)")
+    add("--image-size", type=common.positive(int), help="side of the views, pixels (preset)")
+    add("--dim", type=common.positive(int), default=128, help="width D of the embedding")
+    add("--epochs", type=common.positive(int), help="passes over the data (preset)")
+    add("--batch-size", type=common.positive(int), help="images a step, over all processes (preset)")
+    add("--base-lr", type=common.positive(float), help="lr = base-lr * batch-size / 256, cosine to 0 (preset)")
+    add("--weight-decay", type=common.positive(float, zero=True), help="on every parameter (preset)")
+    add("--clusters", type=int, nargs="+", metavar="K", help="clusters a level, finest first; 0: none (preset)")
+    add("--warmup-epochs", type=common.positive(int, zero=True), help="epochs before the hierarchy (preset)")
+    add("--seed", type=int, default=0, help="of everything random")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+    add("--workers", type=common.positive(int, zero=True), default=4,
+        help="processes that decode pictures too large or too many to keep in memory")
+    add("--amp", action="store_true", help="bfloat16 autocast in the networks; losses stay float32")
+    add("--compile", action="store_true", help="torch.compile the encoders")
+    add("--eval-every", type=common.positive(int), default=1, help="epochs between kNN evaluations")
+    add("--tensorboard", action="store_true", help="also write the log for tensorboard, if it is installed")
+    return p
+
+
+# ---- [method] arguments
+def parse_args(argv=None):
+    p = shared_arguments()
+    add = p.add_argument
+    add("--temperature", type=common.positive(float), default=0.2, help="of InfoNCE (MoCo v2)")
+    add("--queue-size", type=common.positive(int), help="negatives Q kept (MoCo; preset)")
+    add("--ema-momentum", type=common.positive(float, zero=True, most=1),
+        help="m: theta_k <- m theta_k + (1-m) theta_q (MoCo Eq. 2; preset)")
+    add("--bn", choices=["sync", "shuffle"], help="batch norm under torchrun: over all, or MoCo's own (preset)")
+    add("--release", action="store_true", help="the authors' code instead of the paper (H1-H6 in the docstring)")
+    add("--multi-crop", action="store_true", help="four smaller crops as further queries (HCSC: 192 to 96 px)")
+    add("--no-instance-selection", action="store_true", help="keep all of the queue as negatives (ablation)")
+    add("--no-prototype-selection", action="store_true", help="keep all prototypes as negatives (ablation)")
+    add("--local-selection", action="store_true", help="instance selection for small crops too (release: off)")
+    return common.resolve_arguments(p, PRESETS, argv)
+
+
+# ---- [shared] encoder
+class Encoder(nn.Module):
+    """Backbone and MLP projector: (B, 3, H, W) -> (B, D), raw: not yet on the unit sphere."""
+
+    def __init__(self, arch, stem, projector, dim):
+        super().__init__()
+        self.backbone, width = common.backbone(arch, stem)
+        norm = [nn.BatchNorm1d(width)] if projector == "mlp-bn" else []
+        self.projector = nn.Sequential(nn.Linear(width, width), *norm, nn.ReLU(inplace=True),
+                                       nn.Linear(width, dim))
+
+    def forward(self, x):
+        return self.projector(self.backbone(x))
+
+
+# ---- [shared: moco] model
+class MoCo(nn.Module):
+    """Query encoder, its slow copy for the keys, a queue of past keys."""
+
+    def __init__(self, encoder, dim, queue_size):
+        super().__init__()
+        self.encoder_q = encoder
+        self.encoder_k = copy.deepcopy(encoder).requires_grad_(False)
+        self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))  # (Q, D)
+        self.register_buffer("queue_ptr", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def update_key_encoder(self, ema_momentum):
+        """theta_k <- m theta_k + (1-m) theta_q: parameters only, batch-norm statistics are its own."""
+        for p_k, p_q in zip(self.encoder_k.parameters(), self.encoder_q.parameters()):
+            p_k.lerp_(p_q, 1 - ema_momentum)  # MoCo Eq. 2
+
+    @torch.no_grad()
+    def enqueue(self, keys):
+        """The newest keys replace the oldest; any number of them, the queue wraps around."""
+        size = len(self.queue)
+        row = (self.queue_ptr + torch.arange(len(keys), device=keys.device)) % size
+        self.queue[row[-size:]] = keys[-size:].to(self.queue.dtype)
+        self.queue_ptr.copy_((self.queue_ptr + len(keys)) % size)
+
+
+def shuffled_batch_norm(encode, view, generator):
+    """MoCo's shuffled BN: keys (b, D) computed in batches mixed across ranks, so that statistics tell nothing."""
+    everyone = common.all_gather_rows(view)  # (B, 3, H, W) of all ranks
+    order, mine = torch.randperm(len(everyone), generator=generator), common.local_rows(len(everyone))
+    keys = common.all_gather_rows(encode(everyone[order[mine]]))  # (B, D) in shuffled order
+    return keys[order.argsort()[mine].to(keys.device)]
+
+
+# ---- [method] draws and loss
+def draw(keep, batch_size, generator):
+    """Bernoulli draws: L x (b, n) chances of this rank's rows -> L x (b, n) bool, drawn for the whole batch."""
+    mine = common.local_rows(batch_size)
+    return [torch.rand(batch_size, chance.shape[1], generator=generator, device=chance.device)[mine] < chance
+            for chance in keep]
+
+
+def released_selection(hierarchy, index, queue, temperature):
+    """The release's keep chances, as (instances L x (B, Q), prototypes L x (B, K_l)): clipped, phi rescaled."""
+    instances = [chance.clamp(0, 0.999) for chance in common.hcsc_instance_selection(queue, hierarchy, index)]  # H5
+    scaled = [temperature * phi / phi.mean() for phi in hierarchy.concentration]  # H6
+    below = common.hcsc_prototype_selection(hierarchy._replace(concentration=scaled), index)
+    return instances, [chance.clamp(1e-4, 0.999) for chance in below[:-1]] + below[-1:]  # H5
+
+
+def hcsc_terms(queries, k, queue, hierarchy, index, instance_masks, prototype_masks, temperature, *, release=False,
+               local_selection=False):
+    """HCSC's loss by term, a dict of scalars whose sum is trained on.
+
+    queries          (B, D) unit rows of view 0 and of each small crop, if any; all have the same key k (B, D)
+    instance_masks   L x (B, Q), shared by the crops; None: no selection, plain InfoNCE
+    prototype_masks  one L x (B, K_l) for each of the queries
+    Both kinds of term are means over the levels; those of the small crops are summed over the crops.
+    DEVIATION (released code): instance terms are summed over the levels (H2), what is left out stays with
+    logit 0 (H1), and the prototypes of the whole batch are nobody's negatives (H3, H4).
+    """
+    reading = dict(unselected="zero" if release else "remove")
+    terms = {}
+    for crop, (q, masks) in enumerate(zip(queries, prototype_masks)):
+        if instance_masks is None or crop > 0 and not local_selection:
+            instance = info_nce(q, k, queue, temperature)
+        else:
+            levels = common.hcsc_instance_loss(q, k, queue, instance_masks, temperature, **reading)  # (L,)
+            instance = levels.sum() if release else levels.mean()
+        prototype = common.hcsc_prototype_loss(q, hierarchy, index, masks, exclude="batch" if release else "own",
+                                               **reading).mean()
+        for name, term in (("instance", instance), ("prototype", prototype)):
+            name = f"{name}_local" if crop else name
+            terms[name] = terms.get(name, 0) + term
+    return terms
+
+
+# ---- [shared: moco] loss
+def info_nce(q, k, queue, temperature):
+    """The query picks its own key among the queue: -log exp(q.k/T) / (exp(q.k/T) + sum_j exp(q.u_j/T)).
+
+    q, k (B, D) unit rows, queue (Q, D) unit rows u_j; the gradient goes to q alone. Returns a scalar;
+    a network that tells nothing apart scores ln(1 + Q). Source: MoCo (1911.05722) Eq. 1.
+    """
+    pos = (q * k.detach()).sum(dim=1, keepdim=True)  # (B, 1)
+    neg = q @ queue.detach().T  # (B, Q)
+    logits = torch.cat([pos, neg], dim=1) / temperature  # (B, 1+Q), the answer is column 0
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device))  # MoCo Eq. 1
+
+
+def main(args):
+    # ---- [shared] data
+    device = common.set_up(args)
+    run = common.Run(args)
+    train, test = common.load_data(args.data, args.data_root, device)
+    batch_size = common.fit_batch(args, len(train))
+    clusters = common.fit_clusters(args, len(train))
+    steps_per_epoch = len(train) // batch_size
+    peak_lr = args.base_lr * batch_size / 256
+    augmentation = AUGMENTATIONS[args.preset]._replace(size=args.image_size)
+    loader = dict(device=device, workers=args.workers)
+
+    # ---- [method] model
+    queue_size = common.at_most("queue_size", args.queue_size, len(train), args)
+    model = MoCo(Encoder(args.arch, args.stem, args.projector, args.dim), args.dim, queue_size)
+    if args.bn == "sync":
+        common.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
+    model.to(device, memory_format=torch.channels_last)
+    encode_q, encode_k = (torch.compile(encoder) if args.compile else encoder
+                          for encoder in (model.encoder_q, model.encoder_k))
+    chance = {"moco": math.log(1 + queue_size)}
+    exported, clustered = model.encoder_q, model.encoder_k  # the one people take, the one that is clustered
+    views = [augmentation] * 2  # of each image
+    if args.multi_crop:  # at ImageNet 192, 160, 128, 96 px; the share of the picture shrinks alike
+        views += [augmentation._replace(size=round(args.image_size * part),
+                                        scale=(augmentation.scale[0] * part, augmentation.scale[1] * part))
+                  for part in (6 / 7, 5 / 7, 4 / 7, 3 / 7)]
+
+    # ---- [method] optimizer
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], peak_lr,
+                                momentum=0.9, weight_decay=args.weight_decay)
+
+    # ---- [shared] resume
+    run.start(args, dict(pictures=len(train), fingerprint=train.fingerprint(), clusters=clusters,
+                         batch_size=batch_size, peak_lr=peak_lr, steps_per_epoch=steps_per_epoch,
+                         processes=common.world()[1], device=str(device),
+                         chance_level_loss={name: round(loss, 4) for name, loss in chance.items()}))
+    hierarchy, meter, start_epoch, start_step = None, common.Meter(), 0, 0
+    if state := run.load(device, model=model, optimizer=optimizer):
+        start_epoch, start_step = state["epoch"], state["step"]
+        hierarchy = state["hierarchy"] and common.Hierarchy(*state["hierarchy"])
+        meter = common.Meter(state["meter"])
+
+    def save(epoch, step):
+        run.save(model=model.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch, step=step,
+                 hierarchy=hierarchy and tuple(hierarchy), meter=meter.state())
+
+    def features(network, images):  # (n, F) of this rank's rows, in evaluation mode
+        return common.extract_features(network, images, args.image_size, amp=args.amp, **loader)
+
+    def knn():  # percent a label level
+        return common.knn_accuracy(train, test, lambda images: features(exported.backbone, images))
+
+    def grow_tree(x, seed):  # this rank's features (n, D), unit rows -> the Hierarchy of all N images
+        hierarchy = common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=seed)
+        return hierarchy._replace(assign=[common.all_gather_rows(assign) for assign in hierarchy.assign])
+
+    # ---- [shared] epochs
+    if not run.rows(before=start_epoch + 1):
+        run.write(dict(epoch=0, knn=knn(), knn_pixels=common.knn_of_pixels(train, test, args.image_size, device)))
+    for epoch in range(start_epoch, args.epochs):
+
+        # ---- [shared: tree] tree of the epoch
+        if clusters and epoch >= args.warmup_epochs and start_step == 0:
+            hierarchy = grow_tree(F.normalize(features(clustered, train), dim=1), seed=args.seed + epoch)
+
+        # ---- [shared] batches
+        batches = common.batches(train, batch_size, views, seed=args.seed, epoch=epoch, start=start_step, **loader)
+        batches = meter.timed(common.progress(batches, steps_per_epoch - start_step, epoch))
+        for step, index, crops in batches:
+            done = (epoch + step / steps_per_epoch) / args.epochs
+            place = (args.seed, epoch, step)
+
+            # ---- [shared: cosine] learning rate
+            lr = 0.5 * peak_lr * (1 + math.cos(math.pi * done))
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+            # ---- [shared: moco] queries and keys
+            view_q, view_k = crops[:2]
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                raw = encode_q(view_q).float()  # (B, D)
+                with torch.no_grad():  # no gradient to keys
+                    model.update_key_encoder(args.ema_momentum)  # before encoding
+                    if args.bn == "shuffle" and common.world()[1] > 1:
+                        k = shuffled_batch_norm(encode_k, view_k, common.random_state(*place, "shuffle")).float()
+                    else:
+                        k = encode_k(view_k).float()
+            q, k = F.normalize(raw, dim=1), F.normalize(k, dim=1)
+
+            # ---- [method] small crops
+            queries = [q]
+            for view in crops[2:]:
+                with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                    queries.append(F.normalize(encode_q(view).float(), dim=1))
+            watched = {"feature_std": common.feature_std(q)}
+
+            # ---- [method] losses: the queue is that of before this step
+            if not hierarchy:
+                losses = {"moco": sum(info_nce(query, k, model.queue, args.temperature) for query in queries)}
+            else:
+                generator = common.random_state(*place, "selection", device=device)
+                if args.release:
+                    instances, prototypes = released_selection(hierarchy, index, model.queue, args.temperature)
+                else:
+                    instances = common.hcsc_instance_selection(model.queue, hierarchy, index)  # L x (B, Q)
+                    prototypes = common.hcsc_prototype_selection(hierarchy, index)  # L x (B, K_l)
+                if args.no_prototype_selection:
+                    prototypes = [torch.ones_like(chance) for chance in prototypes]
+                instances = None if args.no_instance_selection else draw(instances, batch_size, generator)
+                prototypes = [draw(prototypes, batch_size, generator) for _ in queries]  # afresh for each crop
+                losses = hcsc_terms(queries, k, model.queue, hierarchy, index, instances, prototypes,
+                                    args.temperature, release=args.release, local_selection=args.local_selection)
+                for name, masks in (("dropped", instances or ()), ("dropped_prototypes", prototypes[0][:-1])):
+                    watched |= {f"{name}_{level}": 1 - mask.float().mean() for level, mask in enumerate(masks)}
+
+            # ---- [shared] step
+            optimizer.zero_grad(set_to_none=True)
+            sum(losses.values()).backward()
+            common.average_gradients(model.parameters())
+            optimizer.step()
+
+            # ---- [shared: moco] queue
+            model.enqueue(common.all_gather_rows(k))
+
+            # ---- [shared] log
+            meter.add(step, {**losses, **watched})
+            run.stop_if_asked(lambda: save(epoch, step + 1))
+        last = epoch + 1 == args.epochs
+        run.write(dict(epoch=epoch + 1, **meter.means(), lr=optimizer.param_groups[0]["lr"],
+                       **meter.speed(batch_size),
+                       knn=knn() if last or (epoch + 1) % args.eval_every == 0 else None,
+                       clusters_in_use=hierarchy and common.clusters_in_use(hierarchy),
+                       unreadable=len(train.unreadable)))
+        meter, start_step = common.Meter(), 0
+        save(epoch + 1, 0)
+
+    # ---- [shared] what remains
+    run.save_backbone(exported.backbone)
+    if clusters:
+        x = F.normalize(features(clustered, train), dim=1)
+        common.write_tree(run.folder, train, x, grow_tree(x, seed=args.seed))
+    common.verdict(run, train)
+
+
+# ---- [shared] entry
+if __name__ == "__main__":
+    common.launch(main, parse_args)
