@@ -568,6 +568,36 @@ def test_sync_batch_norm_on_two_ranks_equals_batch_norm_on_one(tmp_path):
         assert_close(dict(rank["state"]), dict(one["state"]))  # running statistics and their counter too
 
 
+# ---- one method's own
+
+
+def test_plain_runs_of_the_moco_scripts_are_one_run(pictures, tmp_path):
+    """Without its hierarchy every script on MoCo's blocks is MoCo v2: the same losses, to the last bit."""
+    rows = {}
+    for script in sorted({"hirl_moco", "hcsc", "csml"} & set(SCRIPTS)):
+        run(tmp_path, script, arguments(script, pictures, script, plain=True, epochs=2))
+        rows[script] = [{name: value for name, value in row.items() if name not in TIMINGS}
+                        for row in log(tmp_path / script)]
+    assert len(rows) > 1
+    for script, its in rows.items():
+        assert its == rows["hirl_moco"], script
+
+
+@pytest.mark.parametrize("switch", ("--release --multi-crop --local-selection", "--multi-crop --no-instance-selection",
+                                    "--release --no-prototype-selection"))
+def test_hcsc_switches(switch, pictures, tmp_path):
+    """The terms that a switch brings or takes away, and what it leaves out."""
+    argv = [*arguments("hcsc", pictures, "run", epochs=2), *switch.split()]
+    run(tmp_path, "hcsc", argv)
+    before, after = log(tmp_path / "run")[1:]
+    assert "moco" in before and "moco" not in after and {"instance", "prototype"} <= after.keys()
+    assert ("instance_local" in after) == ("prototype_local" in after) == ("--multi-crop" in switch)
+    dropped = [after.get(f"dropped_{level}") for level in range(3)]
+    assert dropped == [None] * 3 if "no-instance" in switch else dropped[0] < dropped[1] < dropped[2] < 1
+    dropped = [after.get(f"dropped_prototypes_{level}") for level in range(2)]
+    assert dropped == [0, 0] if "no-prototype" in switch else 0 < dropped[0] < dropped[1] < 1
+
+
 # ---- faults: one sentence, the right exit code, nothing written
 
 FAULTS = {  # name: (arguments after the usual ones, words the sentence must hold)
