@@ -1277,7 +1277,8 @@ def write_tree(folder, images, features, hierarchy, rows=27, columns=10):
 
     Each row of the picture is a path of the learnt tree, coarse on the left: a cell a cluster with its size,
     its label purity (where labels exist) and the picture nearest to its prototype, then the pictures nearest
-    to the leaf. With more leaves than rows, each coarse cluster shows its largest leaves.
+    to the leaf. With more leaves than rows, each coarse cluster shows its largest leaves; with many coarse
+    clusters too, the picture shows the largest, the purest (where labels exist) and random paths.
     """
     own = [(features * p[a[local_rows(len(images))]]).sum(1) for p, a in zip(hierarchy.prototypes, hierarchy.assign)]
     own = [all_gather_rows(similarity).cpu() for similarity in own]  # L x (N,), to the own prototype
@@ -1291,35 +1292,42 @@ def write_tree(folder, images, features, hierarchy, rows=27, columns=10):
          *([name, *row] for name, row in zip(images.names, torch.stack(assign, 1).tolist()))])
     write_atomically(folder / "clusters.csv", lambda f: f.write(table.getvalue().encode(errors="surrogateescape")))
 
-    paths = leaf_paths(assign, parent, rows)  # R x L, finest first
-    size, gap, cell = 40, 4, 150
-    canvas = Image.new("RGB", (len(assign) * cell + columns * (size + gap) + 2 * gap + 8,
-                               28 + len(paths) * (size + gap)), "white")
+    sections = leaf_paths(assign, parent, rows, images.labels)
+    size, gap, cell, top = 40, 4, 150, len(assign) - 1
+    height = sum(28 + len(paths) * (size + gap) for _, paths in sections)
+    canvas = Image.new("RGB", (len(assign) * cell + columns * (size + gap) + 2 * gap + 8, height), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(11)
 
     def picture(i):
         return TF.to_pil_image(images.picture(i)).resize((size, size), Image.Resampling.BICUBIC)
 
-    top = len(assign) - 1
-    for column, level in enumerate(range(top, -1, -1)):
-        left = gap + column * cell
-        draw.text((left, 8), f"level {level}: {len(hierarchy.prototypes[level])} clusters", "black", font)
+    def fitted(line, width=cell - size - 3 * gap):  # its last part if it is too wide, then cut
+        line = line if draw.textlength(line, font) <= width else line.split("/")[-1]
+        return next(part for part in (line, *(line[:n] + "…" for n in range(len(line), -1, -1)))
+                    if draw.textlength(part, font) <= width)
+
+    y = 0
+    for title, paths in sections:
+        draw.text((len(assign) * cell + 2 * gap, y + 8), f"{title}nearest to the leaf's prototype", "black", font)
+        y += 28
+        for column, level in enumerate(range(top, -1, -1)):
+            left = gap + column * cell
+            draw.text((left, y - 20), f"level {level}: {len(hierarchy.prototypes[level])} clusters", "black", font)
+            for r, path in enumerate(paths):
+                if r and paths[r - 1][level:] == path[level:]:
+                    continue
+                last = max(s for s in range(r, len(paths)) if paths[s][level:] == path[level:])
+                y0, y1 = y + r * (size + gap), y + (last + 1) * (size + gap) - gap
+                draw.rectangle((left, y0, left + cell - gap, y1), fill=PALETTE[path[top] % len(PALETTE)])
+                members = (assign[level] == path[level]).nonzero()[:, 0]
+                canvas.paste(picture(int(members[own[level][members].argmax()])), (left, y0))
+                for i, line in enumerate([f"n = {len(members)}", *describe(images, members)][:3]):
+                    draw.text((left + size + gap, y0 + 13 * i), fitted(line), "black", font)
         for r, path in enumerate(paths):
-            if r and paths[r - 1][level] == path[level]:
-                continue
-            last = max(s for s in range(r, len(paths)) if paths[s][level:] == path[level:])
-            y0, y1 = 28 + r * (size + gap), 28 + (last + 1) * (size + gap) - gap
-            draw.rectangle((left, y0, left + cell - gap, y1), fill=PALETTE[path[top] % len(PALETTE)])
-            members = (assign[level] == path[level]).nonzero()[:, 0]
-            canvas.paste(picture(int(members[own[level][members].argmax()])), (left, y0))
-            label = describe(images, members)
-            for i, line in enumerate([f"n = {len(members)}", *label][:3]):
-                draw.text((left + size + gap, y0 + 13 * i), line, "black", font)
-    for r, path in enumerate(paths):
-        members = (assign[0] == path[0]).nonzero()[:, 0]
-        for c, i in enumerate(members[own[0][members].argsort(descending=True)[:columns]].tolist()):
-            canvas.paste(picture(i), (len(assign) * cell + 2 * gap + c * (size + gap), 28 + r * (size + gap)))
-    draw.text((len(assign) * cell + 2 * gap, 8), "nearest to the leaf's prototype", "black", font)
+            members = (assign[0] == path[0]).nonzero()[:, 0]
+            for c, i in enumerate(members[own[0][members].argsort(descending=True)[:columns]].tolist()):
+                canvas.paste(picture(i), (len(assign) * cell + 2 * gap + c * (size + gap), y + r * (size + gap)))
+        y += len(paths) * (size + gap)
     canvas.save(folder / "tree.png", optimize=True)
 
 
@@ -1339,24 +1347,39 @@ def describe(images, members):
     return best
 
 
-def leaf_paths(assign, parent, rows):
-    """At most `rows` used paths (finest first), grouped by their coarser clusters, coarse sizes falling."""
+def leaf_paths(assign, parent, rows, labels=None):
+    """[(title, paths)]: at most `rows` used paths, finest first, grouped by their coarser clusters.
+
+    Few coarse clusters: an equal share of rows for each, sizes falling. Many: the largest leaves, those whose
+    pictures share one label most (labels (N, depth), three pictures or more), and random ones.
+    """
     counts = torch.bincount(assign[0])
-    paths = []
+    path_of = {}
     for leaf in counts.nonzero()[:, 0].tolist():
         path = [leaf]
         for up in parent:
             path.append(int(up[path[-1]]))
-        paths.append(path)
-    tops = sorted({p[-1] for p in paths}, key=lambda t: -int((assign[-1] == t).sum()))[:rows]
-    chosen = []
+        path_of[leaf] = path
+    tops = sorted({p[-1] for p in path_of.values()}, key=lambda t: -int((assign[-1] == t).sum()))
+    if len(path_of) > rows and len(tops) > rows // 2:
+        picks = {"the largest leaves: ": counts.argsort(descending=True, stable=True).tolist()}
+        if labels is not None:
+            pairs, times = torch.stack([assign[0], labels[:, -1]], dim=1).unique(dim=0, return_counts=True)
+            share = torch.zeros(len(counts)).scatter_reduce(0, pairs[:, 0], times.float(), "amax")
+            share = torch.where(counts >= 3, share / counts.clamp(min=1), 0) + 1e-6 * counts  # of equals the larger
+            picks["the purest leaves: "] = share.argsort(descending=True, stable=True).tolist()
+        used = counts.nonzero()[:, 0]
+        picks["random leaves: "] = used[torch.randperm(len(used), generator=random_state(0))].tolist()
+        return [(title, sorted((path_of[leaf] for leaf in leaves[:rows // len(picks)]), key=lambda p: p[::-1]))
+                for title, leaves in picks.items()]
+    chosen, tops = [], tops[:rows]
     for t in tops:  # each coarse cluster in turn gets an equal share of the rows left, for its largest leaves
         share = max(1, (rows - len(chosen)) // (len(tops) - tops.index(t)))
-        largest = sorted((p for p in paths if p[-1] == t), key=lambda p: -int(counts[p[0]]))
+        largest = sorted((p for p in path_of.values() if p[-1] == t), key=lambda p: -int(counts[p[0]]))
         branches = [tuple(p[1:]) for p in largest]
         first = [branches.index(b) == i for i, b in enumerate(branches)]  # one leaf of every branch before a second
         chosen += [p for _, p in sorted(zip(first, largest), key=lambda f: not f[0])][:share]
-    return sorted(chosen, key=lambda p: (tops.index(p[-1]), p[::-1]))
+    return [("", sorted(chosen, key=lambda p: (tops.index(p[-1]), p[::-1])))]
 
 
 # ---- run plumbing: arguments, processes, randomness, folder, log, checkpoint

@@ -508,3 +508,30 @@ def test_the_command_ends_with_exit_code_2(run, tmp_path):
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 2 and words in errors and errors.count("\n") == 1, errors
     assert files(run) + files(tmp_path) == before
+
+
+# ---- the picture's choice of paths
+
+
+def test_leaf_paths_of_few_and_of_many_clusters():
+    """Few coarse clusters share the rows; many give the largest, the purest (if labelled) and random leaves."""
+    generator = torch.Generator().manual_seed(0)
+    assign = [torch.randint(300, (2000,), generator=generator)]
+    parent = [torch.arange(300) % 100]
+    assign.append(parent[0][assign[0]])
+    assign[0][:40], assign[1][:40] = 7, 7  # the largest leaf
+    labels = torch.randint(50, (2000, 1), generator=generator)
+    labels[assign[0] == 11] = 3  # the purest
+    sizes = torch.bincount(assign[0])
+    sections = common.leaf_paths(assign, parent, 27, labels)
+    assert [title.split()[1] for title, _ in sections] == ["largest", "purest", "leaves:"]
+    (_, largest), (_, purest), (_, drawn) = sections
+    assert {path[0] for path in largest} == set(sizes.argsort(descending=True, stable=True)[:9].tolist())
+    assert 7 in {path[0] for path in largest} and 11 in {path[0] for path in purest}
+    assert all(len(paths) == 9 for _, paths in sections) and {path[0] for path in drawn} != {p[0] for p in largest}
+    assert all(path[1] == parent[0][path[0]] for _, paths in sections for path in paths)
+    assert len(common.leaf_paths(assign, parent, 27)) == 2  # no labels
+    (title, paths), = common.leaf_paths([assign[0], assign[1] % 5], [parent[0] % 5], 27)  # five coarse clusters
+    assert title == "" and len(paths) == 27 and {path[1] for path in paths} == set(range(5))
+    (_, paths), = common.leaf_paths([assign[0] % 3], [], 27)
+    assert sorted(paths) == [[0], [1], [2]]
