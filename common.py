@@ -984,11 +984,14 @@ def kmeans(x, k, *, iterations=20, seed=0, init=None, exact=False, device=None, 
 def concentration(distance, counts, temperature):
     """PCL's phi: (K,) summed distance and (K,) size -> (K,) per-prototype temperatures, mean = temperature.
 
-    phi = mean distance / log(size + 10); sizes 0 and 1 get the largest; clipped to the 10th-90th percentile.
+    phi = mean distance / log(size + 10); sizes 0 and 1 get the largest; clipped to the 10th-90th percentile, and
+    from below at a hundredth of the mean (an own guard: a cluster of equal items has distance 0, and q.c/phi
+    must stay finite).
     """
     phi = distance / counts.clamp(min=1) / (counts + 10.0).log()
     phi = torch.where(counts > 1, phi, phi.where(counts > 1, 0).max())
     phi = phi.clamp(phi.quantile(0.1), phi.quantile(0.9))
+    phi = torch.maximum(phi, 0.01 * phi.mean())
     return temperature * (phi / phi.mean() if phi.any() else torch.ones_like(phi))
 
 

@@ -1106,6 +1106,16 @@ def test_hierarchy_from_centroids_golden():
             np.testing.assert_array_equal(tree.parent[level], g[f"{case}cluster2cluster_{level}"])
 
 
+def test_concentration_of_equal_items_is_above_zero():
+    """Half of the clusters hold one picture many times, distance 0: phi stays positive, its mean the temperature."""
+    distance = torch.tensor([0.0] * 5 + [3.0] * 5)
+    phi = common.concentration(distance, torch.full((10,), 4), 0.2)
+    assert phi.min() > 0.001 and phi[0] < phi[5] / 100
+    assert_close(phi.mean().item(), 0.2)
+    nothing = common.concentration(torch.zeros(3), torch.tensor([2, 1, 0]), 0.2)
+    assert_close(nothing, torch.full((3,), 0.2))
+
+
 def test_kmeans_can_be_lifted():
     """The collectives and the k-means block, pasted alone into a file that imports torch, give the same clusters."""
     text = blocks(HERE / "common.py")
