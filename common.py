@@ -90,6 +90,28 @@ def all_gather_rows(tensor):
     return torch.cat([part[:n] for part, n in zip(gathered, rows)]).to(tensor.device)
 
 
+class gathered_rows_(torch.autograd.Function):
+    """The gradient of a row is the sum over ranks of its gradients: every rank's loss has seen it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return all_gather_rows(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rank, size = world()
+        return all_reduce_sum(grad.clone(memory_format=torch.contiguous_format)).chunk(size)[rank]
+
+
+def all_gather_rows_with_grad(tensor):
+    """Rows of all ranks in rank order, as many from each; gradients flow back to the rank that holds the row.
+
+    A loss of all rows, computed alike on every rank, comes back as `size` times its gradient: what
+    `average_gradients` divides by `size` again, so that G ranks train as one process would.
+    """
+    return gathered_rows_.apply(tensor) if world()[1] > 1 else tensor
+
+
 def barrier():
     """Wait for every rank."""
     if world()[1] > 1:
@@ -483,7 +505,11 @@ def extract_features(network, images, size, *, device="cpu", workers=0, batch_si
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
             features.append(network(channels_last(normalize_pixels(batch))).float())
     network.train(training)
-    return torch.cat(features)
+    features = torch.cat(features)
+    if not features.isfinite().all():  # the losses were finite, but the last step was not
+        raise RunError("features = nan after the last step: stopped, the last checkpoint is good; try a lower "
+                       "--base-lr or leave out --amp, in another --out")
+    return features
 
 
 def channels_last(images):

@@ -32,6 +32,7 @@ from torch.testing import assert_close
 import common
 import hcsc
 import hirl_moco
+import hirl_simclr
 
 HERE = Path(__file__).resolve().parent
 
@@ -852,6 +853,147 @@ def test_hcsc_draws_follow_the_chances():
     assert share[0] == 0 and share[1] == 1 and abs(share[2] - 0.25) < 0.01  # 4 standard deviations
 
 
+# ---- SimCLR: NT-Xent and LARS
+
+
+def slow_nt_xent(z1, z2, tau):
+    """mean over all 2B views i of -log( exp(z_i.z_p/tau) / sum_{j != i} exp(z_i.z_j/tau) ), p the partner of i."""
+    views = z1.tolist() + z2.tolist()
+    partner = {**{n: n + len(z1) for n in range(len(z1))}, **{n + len(z1): n for n in range(len(z1))}}
+    total = 0.0
+    for i, z_i in enumerate(views):
+        score = {j: math.exp(sum(a * b for a, b in zip(z_i, z_j)) / tau) for j, z_j in enumerate(views) if j != i}
+        total += -math.log(score[partner[i]] / sum(score.values()))
+    return total / len(views)
+
+
+def check_nt_xent(nt_xent):
+    z1, z2 = unit(B, D, seed=1), unit(B, D, seed=2)
+    for tau in (0.07, 0.2, 1.0):
+        assert_close(nt_xent(z1, z2, tau).item(), slow_nt_xent(z1, z2, tau), **EXACT)
+    single = nt_xent(z1.float(), z2.float(), 0.2)
+    assert single.dtype == torch.float32 and single.shape == ()
+    assert_close(single.item(), slow_nt_xent(z1, z2, 0.2), **SINGLE)
+
+
+def test_nt_xent_equals_the_loops():  # SimCLR Eq. 1
+    check_nt_xent(hirl_simclr.nt_xent)
+
+
+def test_nt_xent_by_hand():
+    """Two images, their views at 0 and 60 degrees and at 180 and 240, temperature 1/2.
+
+    Every view has its partner at 60 degrees and the others at 120 and 180: logits 1, -1, -2,
+    loss = log(e^1 + e^-1 + e^-2) - 1 = log(1 + e^-2 + e^-3).
+    """
+    loss = hirl_simclr.nt_xent(on_circle(0, 180), on_circle(60, 240), temperature=0.5)
+    assert_close(loss.item(), math.log(1 + math.exp(-2) + math.exp(-3)))
+
+
+def test_nt_xent_of_equal_embeddings_is_log_of_the_other_views():
+    """ln(2B-1), the chance level that a run prints; an image alone has nobody to be confused with."""
+    same = unit(1, D)
+    assert_close(hirl_simclr.nt_xent(same.expand(B, D), same.expand(B, D), 0.2).item(), math.log(2 * B - 1))
+    one, other = unit(1, D).requires_grad_(), unit(1, D, seed=1)
+    loss = hirl_simclr.nt_xent(one, other, 0.2)
+    loss.backward()
+    assert_close(loss.item(), 0.0)
+    assert_close(one.grad, torch.zeros_like(one))
+
+
+def test_nt_xent_does_not_care_for_the_order_of_images_or_views():
+    z1, z2 = unit(B, D, seed=1), unit(B, D, seed=2)
+    loss = hirl_simclr.nt_xent(z1, z2, 0.2)
+    order = torch.randperm(B, generator=torch.Generator().manual_seed(0))
+    assert_close(hirl_simclr.nt_xent(z1[order], z2[order], 0.2), loss)
+    assert_close(hirl_simclr.nt_xent(z2, z1, 0.2), loss)
+    assert not torch.isclose(hirl_simclr.nt_xent(z1[order], z2, 0.2), loss)  # pairs must stay together
+
+
+def test_nt_xent_gradient_reaches_both_views():
+    z1, z2 = (unit(B, D, seed=seed).requires_grad_() for seed in (1, 2))
+    assert torch.autograd.gradcheck(lambda a, b: hirl_simclr.nt_xent(a, b, 0.2), (z1, z2))
+    hirl_simclr.nt_xent(z1, z2, 0.2).backward()
+    assert all((z.grad.abs().sum(dim=1) > 0).all() for z in (z1, z2))
+
+
+def test_nt_xent_survives_extreme_logits():
+    """At temperature 0.001 exp(z.z/T) overflows float32 by far; loss and gradient must not."""
+    z = unit(B, D, dtype=torch.float32).requires_grad_()
+    assert_close(hirl_simclr.nt_xent(z, z, 1e-3).item(), 0.0)
+    loss = hirl_simclr.nt_xent(z, -z, 1e-3)
+    loss.backward()
+    assert loss.isfinite() and z.grad.isfinite().all()
+
+
+def test_nt_xent_golden():
+    """Loss and gradients with respect to the projections before normalisation."""
+    g = golden("ntxent")
+    for name, tau in (("T0p1", 0.1), ("T0p5", 0.5)):
+        for dtype, tolerance in ((torch.float64, EXACT), (torch.float32, SINGLE)):
+            out = [g[f"out{view}"].to(dtype, copy=True).requires_grad_() for view in (0, 1)]
+            loss = hirl_simclr.nt_xent(*(F.normalize(x, dim=1) for x in out), tau)
+            loss.backward()
+            assert_close(loss.item(), g[f"loss_{name}"], **tolerance)
+            for view in (0, 1):
+                assert_close(out[view].grad.double(), g[f"grad_out{view}_{name}"], **tolerance)
+
+
+def test_lars_by_hand():
+    """w = (3, 4) of norm 5, g = (0, 2), decay 1/2, trust 9/10: ratio 0.9 * 5 / (2 + 5/2) = 1 exactly.
+
+    First step v = g + w/2 = (1.5, 4), lr 0.1, w = (2.85, 3.6). Second step without gradient: nothing moves.
+    Third step, all-zero gradient, no decay: v = v/2 = (0.75, 2), lr 0.2, w = (2.7, 3.2). The same numbers
+    as a vector: raw gradients alone, v = (0, 2) then (0, 1), w = (3, 3.8) then (3, 3.6).
+    """
+    matrix, vector = (torch.tensor(w, dtype=torch.float64, requires_grad=True) for w in ([[3.0, 4.0]], [3.0, 4.0]))
+    optimizer = hirl_simclr.LARS([matrix, vector], 0.1, momentum=0.5, weight_decay=0.5, trust=0.9, eps=0.0)
+    after = []
+    for gradient, lr in (([0.0, 2.0], 0.1), (None, 0.1), ([0.0, 0.0], 0.2)):
+        optimizer.param_groups[0]["lr"] = lr
+        for w in (matrix, vector):
+            w.grad = None if gradient is None else torch.tensor(gradient, dtype=torch.float64).view_as(w)
+        optimizer.step()
+        after.append([w.detach().clone() for w in (matrix.flatten(), vector)])
+    for found, expected in zip(after, ([[2.85, 3.6], [3, 3.8]], [[2.85, 3.6], [3, 3.8]], [[2.7, 3.2], [3, 3.6]])):
+        assert_close(torch.stack(found), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_lars_step_does_not_depend_on_the_scale_of_the_gradient():
+    """Without decay: of length lr * trust * |w|, from large gradients to those that eps, 1e-8, halves."""
+    for scale, share in ((1e6, 1.0), (1.0, 1.0), (1e-3, 1.0), (1e-8, 0.5)):
+        w = torch.tensor([[3.0], [4.0]], dtype=torch.float64, requires_grad=True)
+        w.grad = scale * on_circle(20).view(2, 1)
+        hirl_simclr.LARS([w], lr=0.5, trust=0.01).step()
+        moved = torch.tensor([[3.0], [4.0]], dtype=torch.float64) - w.detach()
+        assert_close(moved, share * 0.5 * 0.01 * 5 * on_circle(20).view(2, 1), rtol=1e-4, atol=0)
+
+
+def golden_lars(case, shaped, dtype, tolerance):
+    """Three steps over the fixture's tensors; `shaped` gives each its number of dimensions."""
+    g = golden("larc_step")
+    names = ("w", "b", "bn_w", "bn_b", "proto", "zg")
+    for decay in ("small", "large"):
+        parameters = {name: shaped(g[f"init.{name}"]).to(dtype, copy=True).requires_grad_() for name in names}
+        optimizer = hirl_simclr.LARS(parameters.values(), 1.0, momentum=g["momentum"], eps=g["eps"],
+                                     weight_decay=g[f"wd_{decay}"], trust=g["trust_coefficient"])
+        for t, lr in enumerate(g["lr"].tolist()):
+            optimizer.param_groups[0]["lr"] = lr
+            for name, p in parameters.items():
+                p.grad = g[f"grads.{name}"][t].to(dtype).view_as(p) if g[f"has_grad.{name}"][t] else None
+            optimizer.step()
+            for name, p in parameters.items():
+                want = g[f"lars_{case}_wd{decay}.{name}"][t]
+                assert_close(p.detach().double().view_as(want), want, **tolerance, msg=lambda m: f"{name}, {t}: {m}")
+
+
+def test_lars_golden():
+    """1-D tensors excluded; and, seen as columns, included: one of them starts with norm zero."""
+    for dtype, tolerance in ((torch.float64, EXACT), (torch.float32, SINGLE)):
+        golden_lars("excl1d", lambda x: x, dtype, tolerance)
+        golden_lars("onegroup", lambda x: x.view(len(x), -1), dtype, tolerance)
+
+
 # ---- the k-nearest-neighbour classifier
 
 
@@ -1046,6 +1188,7 @@ def test_losses_can_be_lifted():
     check_semantic_path_loss(lifted(common.semantic_path_loss))
     check_info_nce(lifted(hirl_moco.info_nce))
     check_hcsc_losses(lifted(common.hcsc_instance_loss), lifted(common.hcsc_prototype_loss))
+    check_nt_xent(lifted(hirl_simclr.nt_xent))
 
 
 # ---- k-means and hierarchy

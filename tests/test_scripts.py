@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import resource
 import runpy
 import signal
@@ -33,6 +34,7 @@ from torch.testing import assert_close
 
 import common
 import hirl_moco
+import hirl_simclr
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py") if p.stem.startswith("hirl_") or p.stem in ("hcsc", "csml"))
@@ -44,6 +46,7 @@ TINY = (f"--arch tiny --image-size 16 --epochs {EPOCHS} --batch-size {BATCH} --w
 OWN = {  # small numbers for the arguments that a script has for itself
     "hirl_moco": "--clusters 12 4 2 --queue-size 32 --negative-paths 20",
     "hcsc": "--clusters 12 4 2 --queue-size 32",
+    "hirl_simclr": "--clusters 12 4 2 --negative-paths 20 --temperature 1",  # low ones magnify rounding
 }
 PLAIN = {"csml": "--neighbours 0 --clusters 0"}  # how a script is told to leave out its hierarchy; else --clusters 0
 TIMINGS = ("images_per_s", "data_wait", "peak_memory_gib")  # what may differ between equal runs
@@ -340,6 +343,50 @@ def test_the_loop_reads_as_the_papers_say(tmp_path, pictures):
             assert_close(row[name], sums[name], rtol=1e-4, atol=0)
 
 
+LARS = dict(optimizer="lars", lr_warmup=0.25, base_lr=10)
+
+
+def test_simclr_loop_reads_as_described(tmp_path, pictures):
+    """hirl_simclr's first two epochs in the plainest words: LARS, a learning rate that warms up, view 0's path."""
+    argv = arguments("hirl_simclr", pictures, tmp_path / "run", epochs=2, temperature=0.3, weight_decay=0.1,
+                     **LARS)
+    run(tmp_path, "hirl_simclr", argv)
+    args = hirl_simclr.parse_args(argv)
+    train, _ = common.load_data(args.data)
+    torch.manual_seed(0)
+    encoder = hirl_simclr.Encoder("tiny", args.stem, args.projector, 128).to(memory_format=torch.channels_last)
+    heads = nn.ModuleList(hirl_simclr.level_head(128) for _ in range(3))
+    optimizer = hirl_simclr.LARS([*encoder.parameters(), *heads.parameters()], 0.0, weight_decay=0.1)
+    augmentation = hirl_simclr.AUGMENTATIONS["cifar"]._replace(size=16)
+    for epoch in (0, 1):
+        sums = {"simclr": 0.0, "path": 0.0}
+        if epoch == 1:
+            x = F.normalize(common.extract_features(encoder, train, 16), dim=1)
+            tree = common.hierarchical_kmeans(x, [12, 4, 2], temperature=args.temperature, seed=1)
+        for step, index, (a, b) in common.batches(train, 16, [augmentation] * 2, seed=0, epoch=epoch):
+            past = 6 * epoch + step  # of 12 steps, the first 3 warm up
+            rate = past / 3 if past < 3 else 0.5 * (1 + np.cos(np.pi * (past - 3) / 9))
+            optimizer.param_groups[0]["lr"] = 10 * 16 / 256 * rate
+            raw = encoder(torch.cat([a, b]))
+            z = F.normalize(raw, dim=1)
+            terms = {"simclr": hirl_simclr.nt_xent(z[:16], z[16:], args.temperature)}
+            if epoch == 1:
+                level = torch.stack([F.normalize(head(raw[:16]), dim=1) for head in heads], 1)
+                draw = common.random_state(0, epoch, step, "negative paths")
+                leaves = torch.randint(12, (16, 20), generator=draw)
+                terms["path"] = common.semantic_path_loss(level, tree, index, leaves)
+            optimizer.zero_grad()
+            sum(terms.values()).backward()
+            optimizer.step()
+            for name, value in terms.items():
+                sums[name] += value.item() / STEPS
+        row = log(tmp_path / "run")[epoch + 1]
+        for name in losses(row):
+            assert_close(row[name], sums[name], rtol=1e-4, atol=0)
+    for name, weight in load(tmp_path / "run/backbone.pt").items():
+        assert_close(weight, encoder.backbone.state_dict()[name], rtol=1e-3, atol=1e-5)
+
+
 # ---- stopped and resumed
 
 
@@ -378,6 +425,18 @@ def test_stopped_at_any_step_and_resumed_is_the_same_run(whole, pictures, tmp_pa
     compare_runs(folder, undisturbed)
     run(tmp_path, script, argv + ["--resume"])  # a finished run may be resumed too
     compare_runs(folder, undisturbed)
+
+
+def test_lars_stopped_and_resumed_is_the_same_run(pictures, tmp_path):
+    """Its momentum is in the checkpoint, and the learning rate goes on warming up where it was."""
+    for out, stops in (("whole", ()), ("parts", (2, STEPS + 1))):
+        argv, done = arguments("hirl_simclr", pictures, tmp_path / out, epochs=2, **LARS), 0
+        for stop in stops:
+            again = ["--resume"] if done else []
+            run(tmp_path, "hirl_simclr", argv + again, code=143, stop_at=(stop - done, signal.SIGTERM))
+            done = stop
+        run(tmp_path, "hirl_simclr", argv + (["--resume"] if done else []))
+    compare_runs(tmp_path / "parts", tmp_path / "whole")
 
 
 def test_signals_from_outside_and_kill_9(whole, pictures, tmp_path):
@@ -596,6 +655,50 @@ def test_hcsc_switches(switch, pictures, tmp_path):
     assert dropped == [None] * 3 if "no-instance" in switch else dropped[0] < dropped[1] < dropped[2] < 1
     dropped = [after.get(f"dropped_prototypes_{level}") for level in range(2)]
     assert dropped == [0, 0] if "no-prototype" in switch else 0 < dropped[0] < dropped[1] < 1
+def simclr_gradients():
+    """NT-Xent of this rank's share of 12 images through a network with batch norm: loss and averaged gradients."""
+    torch.manual_seed(0)
+    network = common.sync_batch_norm(nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 4))).double()
+    x = torch.randn(2, 12, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    views = x[:, common.local_rows(12)].flatten(0, 1)
+    z1, z2 = F.normalize(network(views), dim=1).chunk(2)
+    loss = hirl_simclr.nt_xent(*map(common.all_gather_rows_with_grad, (z1, z2)), 0.2)
+    loss.backward()
+    common.average_gradients(network.parameters())
+    return dict(loss=loss.detach(), grads=[p.grad for p in network.parameters()])
+
+
+@pytest.mark.parametrize("size", (2, 3))
+def test_negatives_of_all_processes_and_their_gradients(size, tmp_path):
+    """The batch shared by two or three processes: the loss and the gradients of one."""
+    one = simclr_gradients()
+    for rank in in_ranks(simclr_gradients, tmp_path, size):
+        assert_close(rank["loss"], one["loss"])
+        assert_close(rank["grads"], one["grads"])
+
+
+def gather_with_gradient():
+    """Each rank weighs the gathered rows in its own way; then the ranks hold different numbers of rows."""
+    rank, size = common.world()
+    rows = (torch.arange(4.0).view(2, 2) + 10 * rank).requires_grad_()
+    everyone = common.all_gather_rows_with_grad(rows)
+    (everyone.T * torch.arange(1.0, 2 * size + 1) * 10**rank).sum().backward()  # a transposed gradient as well
+    unequal = torch.ones(1 + rank, 2, requires_grad=True)
+    try:
+        common.all_gather_rows_with_grad(unequal).sum().backward()
+        refused = False
+    except RuntimeError:
+        refused = True
+    return dict(rows=everyone.detach(), grad=rows.grad, refused=refused)
+
+
+def test_gathered_rows_send_their_gradients_home(tmp_path):
+    for rank, found in enumerate(in_ranks(gather_with_gradient, tmp_path)):
+        assert torch.equal(found["rows"], torch.tensor([[0.0, 1], [2, 3], [10, 11], [12, 13]]))
+        weight = torch.tensor([1.0, 2]) + 2 * rank  # of its rows, from rank 0 once and from rank 1 ten times
+        assert torch.equal(found["grad"], 11 * weight[:, None].expand(2, 2))
+    x = torch.ones(2, 2, requires_grad=True)
+    assert common.all_gather_rows_with_grad(x) is x  # one process: nothing happens
 
 
 # ---- faults: one sentence, the right exit code, nothing written
@@ -745,7 +848,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(script, batch_size, pictures, t
     """Also where an epoch is one step, whose loss is finite but whose update is not: no bad checkpoint is left."""
     argv = arguments(script, pictures, tmp_path / "run", base_lr=1e30, batch_size=batch_size)
     played = run(tmp_path, script, argv, code=1)
-    assert "at step" in played.err and played.err.count("\n") == 1, played.err
+    assert re.search("at step|after the last step", played.err) and played.err.count("\n") == 1, played.err
     assert any(word in played.err for word in ("= nan", "= inf"))
     checkpoint = tmp_path / "run/checkpoint.pt"
     if checkpoint.exists():
