@@ -274,16 +274,21 @@ class Images:
     pixels       (N, 3, H, W) uint8 when all pictures share one small size, else None: then `paths`
                  are decoded on demand by worker processes
     index_of     (N,) int64: i itself, or the neighbour that stands in for an unreadable picture i
+    partner      None, or a function (epoch, step, index (B,)) -> (B,) of the pictures whose views follow
+                 those of a batch (csml.py)
     """
 
     def __init__(self, names, labels=None, class_names=(), pixels=None, paths=None):
         self.names, self.labels, self.class_names = names, labels, class_names
         self.pixels, self.paths = pixels, paths
-        self.index_of = torch.arange(len(names))
+        self.index_of, self.partner = torch.arange(len(names)), None
         self.unreadable = {}  # index -> reason
 
     def __len__(self):
         return len(self.names)
+
+    def __getstate__(self):  # to workers, who may have to be sent it: all but the function
+        return {**vars(self), "partner": None}
 
     def fingerprint(self):
         """A short hash of what the pictures are, so that a run is not resumed on others."""
@@ -455,30 +460,37 @@ def batches(images, batch_size, augmentations, *, seed, epoch, start=0, device="
 
     Everything random is drawn on the CPU for the global batch from (seed, epoch, step), and a rank uses
     its slice: an epoch can start at any step, and G ranks see exactly what one process would.
+    With images.partner, as many views of each image's partner follow; the images' own stay the same.
     """
     order = torch.randperm(len(images), generator=random_state(seed, epoch))
     steps = range(start, len(images) // batch_size)
     mine = local_rows(batch_size)
 
-    def plan(step):
+    def plan(step):  # (b,) ids of the pictures, then of their partners; for each of the two, what its views draw
         generator = random_state(seed, epoch, step)
-        draws = [draw_view(batch_size, view, generator) for view in augmentations]
-        index = order[step * batch_size:(step + 1) * batch_size][mine]
-        return index, [{name: value[mine] for name, value in draw.items()} for draw in draws]
+        index = order[step * batch_size:(step + 1) * batch_size]
+        sources = [index, images.partner(epoch, step, index)] if images.partner else [index]
+        draws = [[draw_view(batch_size, view, generator) for view in augmentations] for _ in sources]
+        return [source[mine] for source in sources], [
+            [{name: value[mine] for name, value in draw.items()} for draw in views] for views in draws]
 
     if images.pixels is None:
-        requests = ([(i, [draw["crop"][b] for draw in draws]) for b, i in enumerate(index.tolist())]
-                    for index, draws in map(plan, steps))
+        requests = ([(i, [draw["crop"][b] for draw in views]) for source, views in zip(*planned)
+                     for b, i in enumerate(source.tolist())] for planned in map(plan, steps))
         for step, (index, crops) in zip(steps, decoded(images, requests, augmentations, workers)):
-            draws = [{name: d for name, d in draw.items() if name != "crop"} for draw in plan(step)[1]]
-            yield step, index.to(device), [channels_last(render_view(crop.to(device), draw, view))
-                                           for crop, draw, view in zip(crops, draws, augmentations)]
+            draws = [[{name: d for name, d in draw.items() if name != "crop"} for draw in views]
+                     for views in plan(step)[1]]
+            crops = zip(*(crop.chunk(len(draws)) for crop in crops))  # by source, then by view
+            yield step, index.chunk(len(draws))[0].to(device), [
+                channels_last(render_view(crop.to(device), draw, view)) for own, views in zip(crops, draws)
+                for crop, draw, view in zip(own, views, augmentations)]
         return
     for step in steps:
-        index, draws = plan(step)
-        pictures = images.pixels[index.to(images.pixels.device)].to(device)  # (b, 3, H, W) uint8
-        yield step, images.index_of[index].to(device), [channels_last(render_view(pictures, draw, view))
-                                                        for draw, view in zip(draws, augmentations)]
+        sources, draws = plan(step)
+        pictures = [images.pixels[source.to(images.pixels.device)].to(device) for source in sources]  # uint8
+        yield step, images.index_of[sources[0]].to(device), [
+            channels_last(render_view(own, draw, view)) for own, views in zip(pictures, draws)
+            for draw, view in zip(views, augmentations)]
 
 
 @torch.no_grad()
@@ -760,18 +772,18 @@ class Hierarchy(NamedTuple):
 
 
 class Rows:
-    """The (N, D) rows to cluster: a tensor or numpy memmap of any float type, read as float32
-    blocks on `device`.
+    """The (N, D) rows to cluster: a tensor or numpy memmap of any float type, read as float32 (or
+    `dtype`) blocks on `device`.
 
     With sharded=True and a process group each rank holds a share, of any size. Rows are known by
     their global number and draws are made for all of them, so that every sharding gives the same
     clusters.
     """
 
-    def __init__(self, x, device=None, sharded=True):
+    def __init__(self, x, device=None, sharded=True, dtype=torch.float32):
         if x.ndim != 2:
-            raise ValueError(f"k-means needs rows of shape (N, D), not {tuple(x.shape)}")
-        self.x = x
+            raise ValueError(f"rows must be of shape (N, D), not {tuple(x.shape)}")
+        self.x, self.dtype = x, dtype
         self.device = torch.device(device or (x.device if torch.is_tensor(x) else "cpu"))
         self.reduce = all_reduce_sum if sharded else lambda tensor: tensor
         self.gather = all_gather_rows if sharded else lambda tensor: tensor
@@ -779,12 +791,12 @@ class Rows:
         self.first, self.total = sum(sizes[: world()[0] if sharded else 0]), sum(sizes)
 
     def read(self, index):
-        """Local rows; index: slice or int64 ids. A view if x is float32 on the device already."""
+        """Local rows; index: slice or int64 ids. A view if x is of that dtype on the device already."""
         if torch.is_tensor(self.x):
             rows = self.x[index if isinstance(index, slice) else index.to(self.x.device)]
         else:
             rows = torch.tensor(self.x[index if isinstance(index, slice) else index.cpu().numpy()])
-        return rows.to(self.device, torch.float32)
+        return rows.to(self.device, self.dtype)
 
     def blocks(self):
         """Yield (slice, local rows), 128 MiB at a time."""
@@ -812,9 +824,14 @@ class Rows:
     def take(self, ids):
         """Global ids (M,) -> their rows (M, D) on every rank: each fills in its own, the sum spreads them."""
         own = self.owned(ids)
-        rows = torch.zeros(len(ids), self.x.shape[1], device=self.device)
+        rows = torch.zeros(len(ids), self.x.shape[1], device=self.device, dtype=self.dtype)
         rows[own] = self.read(ids[own] - self.first)
         return self.reduce(rows)
+
+    def of_all_ranks(self):
+        """Yield (global ids, their rows) through the rows of all ranks, the same blocks on every rank."""
+        for ids in torch.arange(self.total, device=self.device).split(max(1, min(2**13, 2**25 // self.x.shape[1]))):
+            yield ids, self.take(ids)
 
     def draw(self, weight, count, generator):
         """Global ids of `count` rows, none twice, chance proportional to weight (n,); fewer if most are 0."""
@@ -1208,6 +1225,86 @@ def top_neighbours(train_x, test_x, k, chunk=1024):
     return best.values, row.gather(1, best.indices)
 
 
+def keep_nearest(sim, near, score, ids):
+    """Merge score (n, C), whose columns are the rows `ids` (C,), into the T best: sim, near (n, T), in place."""
+    top, size = sim.shape[1], len(ids)
+    # topk of a wide row costs a CPU more than its products. So: the maxima of short strips of columns, then all
+    # entries of the T best strips, and only for rows where a maximum beats what they have.
+    strips = next(s for s in (64, 32, 16, 8, 4, 2, 1) if s == 1 or s * s * top <= 4 * size)
+    if size % strips:
+        score, ids = F.pad(score, (0, -size % strips), value=-math.inf), F.pad(ids, (0, -size % strips))
+    score, ids = score.unflatten(1, (strips, -1)), ids.view(strips, -1)  # (n, S, W) and (S, W): a strip is a column
+    best = torch.amax(score, 1, out=torch.empty_like(score[:, 0]))  # (n, W), in the memory order of score
+    hit = (best.amax(1) > sim[:, -1]).nonzero()[:, 0]
+    strip = best[hit].topk(min(top, best.shape[1])).indices[:, None]  # (h, 1, T)
+    each = torch.arange(strips, device=ids.device)[:, None]
+    found = torch.cat([sim[hit], score[hit[:, None, None], each, strip].flatten(1)], dim=1)  # (h, T + S T)
+    place = torch.cat([near[hit], ids[each, strip].flatten(1)], dim=1)
+    sim[hit], order = found.topk(top)
+    near[hit] = place.gather(1, order)
+
+
+def by_true_products(rows, which, near):
+    """Lists of ids (m, T) for the local rows `which` (m,), in falling order of float64 products; equal ones by id."""
+    near = near.sort(dim=1).values
+    exact = torch.zeros(near.shape, dtype=torch.float64, device=near.device)
+    for ids, block in rows.of_all_ranks():
+        for part in ((near >= ids[0]) & (near <= ids[-1])).nonzero().split(2**22 // block.shape[1] + 1):
+            row, column = part.unbind(1)
+            exact[row, column] = (rows.read(which[row]).double() * block[near[row, column] - ids[0]].double()).sum(1)
+    return near.gather(1, exact.sort(dim=1, descending=True, stable=True).indices)
+
+
+@torch.no_grad()
+def nearest_neighbours(x, k):
+    """Ids (n, k) int64 of the k other rows with the largest inner product, nearest first: exact, on any device.
+
+    x (n, D) float16, 32 or 64, read as float32 or 64; unit rows make the product a cosine. A row is no neighbour
+    of its own, by its id: its exact double is one. Under a process group x holds this rank's rows, any number of
+    them, ids are global, and the other ranks' rows pass by in blocks. Never an (n, N) matrix. Where products are
+    too close to call, float64 decides among four candidates more than k, and equal rows come by id.
+    ValueError: k not in 1..N-1, NaN or infinity.
+    """
+    rows = Rows(x, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    if not 1 <= k < rows.total:
+        raise ValueError(f"nearest neighbours: k = {k} of {rows.total} rows, but k must be in 1..N-1")
+    bad = torch.zeros(1, dtype=torch.long, device=rows.device)
+    for _, block in rows.blocks():
+        bad += (~block.isfinite().all(1)).sum()
+    if rows.reduce(bad):
+        raise ValueError(f"nearest neighbours: {int(bad)} of {rows.total} rows hold NaN or infinity")
+    top, side = min(k + 4, rows.total - 1), 8192 if x.is_cuda else 1024  # of a square of scores: 4 MiB on the CPU
+    sim = torch.full((len(x), top), -math.inf, dtype=rows.dtype, device=rows.device)
+    near = torch.zeros(sim.shape, dtype=torch.long, device=rows.device)
+    own = torch.arange(len(x), device=rows.device) + rows.first  # (n,)
+    parts = [slice(start, start + side) for start in range(0, len(x), side)]
+    for i, a in enumerate(parts):  # this rank's rows among themselves: a product serves both of its rows
+        for b in parts[i:]:
+            score = rows.read(a) @ rows.read(b).T
+            if a == b:
+                score.fill_diagonal_(-math.inf)
+            else:
+                keep_nearest(sim[b], near[b], score.T, own[a])
+            keep_nearest(sim[a], near[a], score, own[b])
+    for ids, block in rows.of_all_ranks() if world()[1] > 1 else ():
+        others = ~rows.owned(ids)
+        ids, block = ids[others], block[others]
+        for a in parts if len(ids) else ():
+            keep_nearest(sim[a], near[a], rows.read(a) @ block.T, ids)
+    close = sim[:, :-1] - sim[:, 1:] <= 1e-5 * sim[:, :-1].abs()  # float32 sums err by less than that
+    close = close.any(1).nonzero()[:, 0]
+    near[close] = by_true_products(rows, close, near[close])
+    return near[:, :k]
+
+
+def same_label(labels, neighbours):
+    """Percent of the neighbours (N, k) that carry their row's label, a label level; labels (N, depth), -1: unknown."""
+    own, others = labels[:, None], labels[neighbours.to(labels.device)]  # (N, 1, depth), (N, k, depth)
+    known = (own >= 0) & (others >= 0)
+    share = ((own == others) & known).sum((0, 1)) / known.sum((0, 1)).clamp(min=1)
+    return [round(100 * value, 2) for value in share.tolist()]
+
+
 def knn_votes(sim, labels, classes, temperature=0.07):
     """Votes (B, classes): each of the k neighbours gives exp(sim / temperature) to its label (B, k)."""
     votes = sim.new_zeros(len(sim), classes)
@@ -1528,14 +1625,14 @@ def preset_of(data):
     return "cifar" if small else "photos" if len(many) < 100_000 else "imagenet"
 
 
-def at_most(name, wanted, limit, args):
+def at_most(name, wanted, limit, args, what="pictures"):
     """`wanted`, or, where a preset asked for more than the data allows, `limit` and a line saying so."""
     if wanted <= limit:
         return wanted
     flag = "--" + name.replace("_", "-")
     if name in args.given:
-        raise UserError(f"{flag} {wanted} is above the {limit} pictures of {args.data}: give at most {limit}")
-    say(f"{flag} reduced from the preset's {wanted} to {limit}, the pictures there are")
+        raise UserError(f"{flag} {wanted} is above the {limit} {what} of {args.data}: give at most {limit}")
+    say(f"{flag} reduced from the preset's {wanted} to {limit}, the {what} there are")
     return limit
 
 
@@ -1856,6 +1953,7 @@ class Meter:
     def __init__(self, state=None):
         self.sums, self.steps = state or ({}, 0)
         self.pending, self.waited, self.begun, self.here = None, 0.0, 0.0, 0
+        self.notes = {}  # what else the epoch's row shall hold
 
     def state(self):
         self.check()
@@ -1881,8 +1979,9 @@ class Meter:
 
     def means(self):
         self.check()
-        return {name: (all_reduce_sum(total.clone()) / self.steps / world()[1]).item()
-                for name, total in self.sums.items()}
+        means = {name: (all_reduce_sum(total.clone()) / self.steps / world()[1]).item()
+                 for name, total in self.sums.items()}
+        return {**means, **self.notes}
 
     def timed(self, iterable):
         """The same items; the time between asking and getting counts as waiting."""

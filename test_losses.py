@@ -30,6 +30,7 @@ import torchvision.transforms.functional as TF
 from torch.testing import assert_close
 
 import common
+import csml
 import hcsc
 import hirl_moco
 import hirl_simclr
@@ -994,6 +995,287 @@ def test_lars_golden():
         golden_lars("onegroup", lambda x: x.view(len(x), -1), dtype, tolerance)
 
 
+# ---- CsMl: neighbours, CutMix, loss
+
+
+def slow_nearest_neighbours(x, k):
+    """Every product of two rows in float64; the k largest with other rows, the lower id first where they are equal."""
+    table = []
+    for i, row in enumerate(x.double().tolist()):
+        products = [(-sum(a * b for a, b in zip(row, other)), j) for j, other in enumerate(x.double().tolist())]
+        table.append([j for _, j in sorted(products) if j != i][:k])
+    return torch.tensor(table)
+
+
+def test_nearest_neighbours_equal_the_loops():
+    for n, dim, k in ((2, 3, 1), (N, D, 1), (N, D, 6), (N, D, N - 1), (150, 3, 20), (151, 3, 150)):
+        for dtype in (torch.float64, torch.float32, torch.float16):
+            x = unit(n, dim, seed=n).to(dtype)
+            found = common.nearest_neighbours(x, k)
+            assert found.dtype == torch.int64 and torch.equal(found, slow_nearest_neighbours(x, k)), (n, k, dtype)
+
+
+def test_nearest_neighbours_by_hand():
+    """Rows at 0, 10, 25, 180 and 181 degrees; nearest first, and no row its own."""
+    found = common.nearest_neighbours(on_circle(0, 10, 25, 180, 181), 2)
+    assert found.tolist() == [[1, 2], [0, 2], [1, 0], [4, 2], [3, 2]]
+
+
+def test_nearest_neighbours_of_many_rows():
+    """Several squares of scores, the last ones ragged; rows sorted, clumped and longer than 1; k up to 300."""
+    generator = torch.Generator().manual_seed(0)
+    for n, dim, k in ((2500, 8, 5), (1025, 4, 300)):
+        x = torch.randn(n, dim, generator=generator)
+        clumped = F.normalize(x + 9 * x[torch.arange(n) // 40], dim=1)
+        for rows in (x, x[x[:, 0].argsort()], clumped):
+            product = rows.double() @ rows.double().T
+            product.fill_diagonal_(-math.inf)
+            expected = product.sort(dim=1, descending=True, stable=True).indices[:, :k]
+            assert torch.equal(common.nearest_neighbours(rows, k), expected)
+
+
+def test_nearest_neighbours_are_other_rows_also_among_doubles():
+    """Three copies of every row: the two others come first, by id. All rows equal: any, but no row its own."""
+    x = F.normalize(unit(400, D, dtype=torch.float32).repeat(3, 1), dim=1)
+    found, row = common.nearest_neighbours(x, 4), torch.arange(1200)
+    copies = torch.stack([torch.stack([c for c in (i % 400, i % 400 + 400, i % 400 + 800) if c != i]) for i in row])
+    assert torch.equal(found[:, :2], copies)
+    for same in (torch.ones(1100, 2), torch.zeros(1100, 2)):
+        found = common.nearest_neighbours(same, 3)
+        assert (found != torch.arange(1100)[:, None]).all() and all(len(set(ids)) == 3 for ids in found.tolist())
+        assert 0 <= found.min() and found.max() < 1100
+
+
+def test_nearest_neighbours_close_to_a_tie():
+    """Cosines that float32 cannot tell apart, 1 - 1e-9 and less: float64 puts them in order."""
+    angle = torch.tensor([0.0, 3e-5, -2e-5, 1e-5, 2.0], dtype=torch.float64)
+    x = torch.stack([angle.cos(), angle.sin()], dim=1)
+    assert common.nearest_neighbours(x, 3).tolist() == slow_nearest_neighbours(x, 3).tolist()
+    assert common.nearest_neighbours(x, 3)[0].tolist() == [3, 2, 1]
+
+
+def test_nearest_neighbours_golden():
+    g = golden("csml")
+    assert torch.equal(common.nearest_neighbours(g["knn_features"], g["knn_k"]), g["knn_index"])
+    x, released = g["knn_dup_features"], g["knn_dup_index_upstream"]
+    found, row = common.nearest_neighbours(x, g["knn_k"]), torch.arange(len(x))[:, None]
+    assert (released == row).any() and not (found == row).any()  # DEVIATION: never a neighbour of its own
+    assert torch.equal(found, slow_nearest_neighbours(x, g["knn_k"]))
+    for ours, theirs, i in zip(found.tolist(), released.tolist(), range(len(x))):
+        if i not in theirs:  # then the release left out the row itself, and only ties may differ
+            assert_close((x[ours] @ x[i]).double(), (x[theirs] @ x[i]).double(), rtol=0, atol=1e-6)
+
+
+def test_nearest_neighbours_refuse_bad_input():
+    x = unit(N, D)
+    for rows, k, words in ((x, 0, "k = 0 of 23"), (x, N, "k = 23 of 23"), (x[:1], 1, "k = 1 of 1"),
+                           (x.where(x < x.max(), math.nan), 2, "1 of 23"), (x / 0.0, 2, "23 of 23"),
+                           (x[0], 1, "(N, D)")):
+        try:
+            common.nearest_neighbours(rows, k)
+        except ValueError as error:
+            assert words in str(error)
+        else:
+            raise AssertionError(words)
+
+
+def test_share_of_neighbours_with_the_same_label():
+    """Three of the eight pairs share the coarse label and one the fine; a picture without label counts in no pair."""
+    labels = torch.tensor([[0, 0], [0, 0], [0, 1], [1, 2]])
+    neighbours = torch.tensor([[1, 3], [3, 2], [3, 0], [0, 1]])
+    assert common.same_label(labels, neighbours) == [37.5, 12.5]
+    labels[3] = -1  # five pairs are left out, of three both labels are known
+    assert common.same_label(labels, neighbours) == [100.0, 33.33]
+    assert common.same_label(labels * 0 - 1, neighbours) == [0.0, 0.0]
+
+
+def slow_cutmix_box(height, width, lam, center):
+    """The pixels less than half a side, rounded down, from the centre: count them."""
+    half = [math.floor(math.floor(side * math.sqrt(1 - lam)) / 2) for side in (height, width)]
+    inside = [[r for r in range(side) if c - h <= r < c + h] for side, c, h in zip((height, width), center, half)]
+    return inside, 1 - len(inside[0]) * len(inside[1]) / (height * width)
+
+
+def check_cutmix_box(cutmix_box):
+    for height, width in ((12, 16), (7, 5), (32, 32)):
+        for lam in (0.0, 0.1, 0.37, 0.5, 0.93, 1.0):
+            for center in ((0, 0), (3, 4), (height - 1, width - 1)):
+                row0, col0, row1, col1, adjusted = cutmix_box(height, width, lam, center)
+                (rows, columns), expected = slow_cutmix_box(height, width, lam, center)
+                assert [*range(row0, row1)] == rows and [*range(col0, col1)] == columns
+                assert_close(adjusted, expected)
+
+
+def test_cutmix_box_equals_counting_pixels():  # CutMix
+    check_cutmix_box(csml.cutmix_box)
+
+
+def test_cutmix_box_by_hand():
+    """lam 3/4: half of each side. 12 x 16 around (6, 8): rows 3 to 8, columns 4 to 11, a quarter. At the corner
+    (0, 15) rows 0 to 2, columns 11 to 15: 15 of 192 pixels. Sides of 7 lose a pixel: 3 becomes 2.
+    """
+    assert csml.cutmix_box(12, 16, 0.75, (6, 8)) == (3, 4, 9, 12, 0.75)
+    assert csml.cutmix_box(12, 16, 0.75, (0, 15)) == (0, 11, 3, 16, 1 - 15 / 192)
+    assert csml.cutmix_box(7, 7, 0.75, (3, 3)) == (2, 2, 4, 4, 1 - 4 / 49)
+    assert csml.cutmix_box(12, 16, 1.0, (6, 8)) == (6, 8, 6, 8, 1.0)  # nothing is mixed in
+    assert csml.cutmix_box(12, 16, 0.0, (6, 8)) == (0, 0, 12, 16, 0.0)  # all is
+
+
+def test_cutmix_golden():
+    """The released boxes, adjusted lambdas and mixed pictures."""
+    g = golden("csml")
+    for lam, center, box, adjusted, mixed in zip(g["cutmix_lam_drawn"].tolist(), g["cutmix_center"].tolist(),
+                                                 g["cutmix_box"].tolist(), g["cutmix_lam_adjusted"].tolist(),
+                                                 g["cutmix_mixed"]):
+        found = csml.cutmix_box(12, 16, lam, center)
+        assert [*found[:4]] == box
+        assert_close(found[4], adjusted, **EXACT)
+        assert torch.equal(csml.paste_box(g["cutmix_img"], g["cutmix_near"], *found[:4]), mixed)
+
+
+def test_cutmix_draws_a_box_a_batch_and_counts_it():
+    """Pictures of zeros, others of ones: the mean is the share mixed in, equal in every picture; the input stays."""
+    zeros, shares = torch.zeros(B, 3, 12, 16), []
+    for seed in range(200):
+        generator = torch.Generator().manual_seed(seed)
+        mixed, lam = csml.cutmix(zeros, zeros + 1, generator)
+        assert_close(mixed.mean(dim=(1, 2, 3)), torch.full((B,), 1 - lam))
+        assert (mixed == mixed[:1, :1]).all() and zeros.sum() == 0
+        shares.append(lam)
+    assert min(shares) < 0.35 and max(shares) > 0.95 and 0.55 < np.mean(shares) < 0.75  # the edge makes boxes smaller
+
+
+def test_a_neighbour_drawn_is_a_neighbour_and_each_is_drawn():
+    table = common.nearest_neighbours(unit(N, D), 4)
+    index = torch.arange(N).flip(0).repeat(100)
+    drawn = csml.draw_neighbours(table, index, torch.Generator().manual_seed(0))
+    place = drawn[:, None] == table[index]  # (100 N, 4)
+    assert (place.sum(dim=1) == 1).all()
+    assert_close(place.double().mean(dim=0), torch.full((4,), 0.25, dtype=torch.float64), rtol=0, atol=0.05)
+
+
+def slow_csml_loss(q, k, queue, lam, weights, tau):
+    """Six InfoNCE losses by the loops above: image, neighbour and mixed query against either key, by their weights."""
+    a, b = weights
+    (q_image, q_other, q_mix), (k_image, k_other) = q, k
+    terms = [a * slow_info_nce(q_image, k_image, queue, tau) + b * slow_info_nce(q_image, k_other, queue, tau),
+             b * slow_info_nce(q_other, k_image, queue, tau) + a * slow_info_nce(q_other, k_other, queue, tau),
+             lam * slow_info_nce(q_mix, k_image, queue, tau) + (1 - lam) * slow_info_nce(q_mix, k_other, queue, tau)]
+    return torch.tensor(terms, dtype=torch.float64) / 3
+
+
+def check_csml_loss(csml_loss):
+    q, k, queue = unit(3, B, D, seed=1), unit(2, B, D, seed=2), unit(Q, D, seed=3)
+    for lam, weights, tau in ((0.3, (1, 0), 0.2), (0.9, (0.5, 0.5), 0.07), (0.0, (0.6, 0.4), 1.0)):
+        assert_close(csml_loss(q, k, queue, lam, weights, tau), slow_csml_loss(q, k, queue, lam, weights, tau), **EXACT)
+    single = csml_loss(q.float(), k.float(), queue.float(), 0.3, (0.6, 0.4), 0.2)
+    assert single.dtype == torch.float32 and single.shape == (3,)
+    assert_close(single.double(), slow_csml_loss(q, k, queue, 0.3, (0.6, 0.4), 0.2), **SINGLE)
+
+
+def test_csml_loss_equals_the_loops():  # CsMl
+    check_csml_loss(csml.csml_loss)
+
+
+def test_csml_loss_by_hand():
+    """Keys at 60 and 300 degrees, one negative at 180, temperature 1/2; all queries at 0, where both keys look alike.
+
+    Cosines 1/2, 1/2, -1: each of the six losses is log(1 + e^-3), and so three times each term, whatever the weights.
+    A query at 60 instead meets cosines 1, -1/2, -1/2: log(1 + e^-3) for its own key, log 2 for the other.
+    """
+    keys, negative, alike = on_circle(60, 300).view(2, 1, 2), on_circle(180), math.log(1 + math.exp(-3))
+    queries = on_circle(0, 0, 0).view(3, 1, 2)
+    for weights in ((1, 0), (0.25, 0.75)):
+        terms = csml.csml_loss(queries, keys, negative, 0.3, weights, 0.5)
+        assert_close(terms.tolist(), [alike / 3] * 3)
+    queries = on_circle(60, 60, 60).view(3, 1, 2)
+    terms = csml.csml_loss(queries, keys, negative, 0.3, (0.25, 0.75), 0.5)
+    assert_close((3 * terms).tolist(), [0.25 * alike + 0.75 * math.log(2), 0.75 * alike + 0.25 * math.log(2),
+                                        0.3 * alike + 0.7 * math.log(2)])
+
+
+def test_csml_loss_of_equal_logits_is_a_third_of_log_of_one_plus_queue_in_each_term():
+    same = unit(1, D)
+    terms = csml.csml_loss(unit(3, B, D), same.expand(2, B, D), same.expand(Q, D), 0.4, (0.5, 0.5), 0.2)
+    assert_close(terms.tolist(), [math.log(1 + Q) / 3] * 3)
+
+
+def test_csml_loss_in_the_warm_up_is_info_nce_of_either_picture_and_the_mix():
+    q, k, queue = unit(3, B, D, seed=1), unit(2, B, D, seed=2), unit(Q, D, seed=3)
+    image, other, mix = csml.csml_loss(q, k, queue, 1.0, (1, 0), 0.2)
+    for term, query, key in ((image, q[0], k[0]), (other, q[1], k[1]), (mix, q[2], k[0])):  # lam 1: nothing mixed in
+        assert_close(3 * term, csml.info_nce(query, key, queue, 0.2))
+
+
+def test_csml_loss_does_not_care_for_the_order_of_batch_or_queue():
+    q, k, queue = unit(3, B, D, seed=1), unit(2, B, D, seed=2), unit(Q, D, seed=3)
+    terms, order = csml.csml_loss(q, k, queue, 0.3, (0.6, 0.4), 0.2), torch.tensor([3, 0, 4, 1, 2])
+    assert_close(csml.csml_loss(q[:, order], k[:, order], queue.flip(0), 0.3, (0.6, 0.4), 0.2), terms)
+    assert not torch.isclose(csml.csml_loss(q, k[:, order], queue, 0.3, (0.6, 0.4), 0.2), terms).any()
+
+
+def test_csml_loss_gradient_reaches_the_queries_alone():
+    """And each term its own query: that of the image tells nothing to neighbour or mixed picture."""
+    q, k, queue = (unit(*shape, seed=1).requires_grad_() for shape in ((3, B, D), (2, B, D), (Q, D)))
+    for i in range(3):
+        gradient, = torch.autograd.grad(csml.csml_loss(q, k, queue, 0.3, (0.6, 0.4), 0.2)[i], q)
+        assert (gradient.abs().sum(dim=(1, 2)) > 0).tolist() == [j == i for j in range(3)]
+    csml.csml_loss(q, k, queue, 0.3, (0.6, 0.4), 0.2).sum().backward()
+    assert k.grad is None and queue.grad is None
+    assert torch.autograd.gradcheck(lambda x: csml.csml_loss(x, k, queue, 0.3, (0.6, 0.4), 0.2), q)
+
+
+def test_csml_loss_survives_extreme_logits():
+    q = unit(3, B, D, dtype=torch.float32)
+    assert_close(csml.csml_loss(q, q[:2], -q[0], 0.5, (1, 0), 1e-3)[:2].tolist(), [0.0, 0.0])
+    assert csml.csml_loss(q, -q[:2], q[0], 0.5, (0.5, 0.5), 1e-3).isfinite().all()
+
+
+def test_csml_golden():
+    """The six released cross-entropies; at epochs 0, 10 (warm-up) and 11 the loss, its mixed part, the gradients."""
+    g = golden("csml")
+    for dtype, tolerance in ((torch.float64, EXACT), (torch.float32, SINGLE)):
+        q = torch.stack([g["emb_q"], g["emb_q_add"], g["emb_q_mix"]]).to(dtype).requires_grad_()
+        k, queue = torch.stack([g["emb_k"], g["emb_k_add"]]).to(dtype), g["queue_kd"].to(dtype)
+
+        def terms(lam, weights):
+            return csml.csml_loss(q, k, queue, lam, weights, g["T"])
+
+        own, other = 3 * terms(1, (1, 0)).detach(), 3 * terms(0, (0, 1)).detach()
+        six = torch.stack([own[0], other[0], other[1], own[1], own[2], other[2]]).view(3, 2)
+        assert_close(six.double(), g["ce_matrix"], **tolerance)
+        for name, logits in zip(("q", "q_add", "mix"), q.detach()):
+            all_keys = torch.cat([(logits[:, None] * k.transpose(0, 1)).sum(2, keepdim=True),
+                                  (logits @ queue.T)[:, None].expand(-1, 2, -1)], dim=2) / g["T"]
+            assert_close(all_keys.double(), g[f"logits_{name}"], **tolerance)
+        for epoch in (0, 10, 11):
+            found = terms(g["mix_lam"], (1, 0) if epoch < 11 else g["lam"].tolist())
+            gradient, = torch.autograd.grad(found.sum(), q)
+            assert_close(found.sum().item(), g[f"epoch{epoch}_loss"], **tolerance)
+            assert_close(3 * found[2].item(), g[f"epoch{epoch}_loss_mix"], **tolerance)
+            for name, value in zip(("q", "q_add", "q_mix"), gradient):
+                assert_close(value.double(), g[f"epoch{epoch}_grad_{name}"], **tolerance)
+
+
+def test_stage_encoder_reads_the_stages_of_its_trunk():
+    """Embeddings as hooks read them off the trunk; stage 4 alone is the Encoder, bit for bit; names stay."""
+    for arch in ("tiny", "resnet50"):
+        torch.manual_seed(0)
+        plain = csml.Encoder(arch, "3x3s2", "mlp-bn", D)
+        names, x, seen = [*plain.backbone.state_dict()], torch.randn(2, 3, 32, 32), {}
+        alone = csml.StageEncoder(plain, [4], "mlp-bn", D)
+        assert torch.equal(alone(x)[:, 0], plain(x))
+        several = csml.StageEncoder(plain, [1, 3, 4], "mlp-bn", D)
+        assert [*several.backbone.state_dict()] == names
+        for stage in (1, 3, 4):
+            getattr(plain.backbone, f"layer{stage}").register_forward_hook(
+                lambda _, __, out, stage=stage: seen.update({stage: out.mean(dim=(2, 3))}))
+        found = several(x)
+        assert found.shape == (2, 3, D)
+        for place, stage in enumerate((1, 3, 4)):
+            assert_close(found[:, place], several.projectors[str(stage)](seen[stage]))
+
+
 # ---- the k-nearest-neighbour classifier
 
 
@@ -1189,6 +1471,8 @@ def test_losses_can_be_lifted():
     check_info_nce(lifted(hirl_moco.info_nce))
     check_hcsc_losses(lifted(common.hcsc_instance_loss), lifted(common.hcsc_prototype_loss))
     check_nt_xent(lifted(hirl_simclr.nt_xent))
+    check_csml_loss(lifted(csml.csml_loss))
+    check_cutmix_box(lifted(csml.cutmix_box))
 
 
 # ---- k-means and hierarchy

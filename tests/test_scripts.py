@@ -9,6 +9,7 @@ fixture `whole` and of the test with torchrun start from nothing, as a user's do
 
 import csv
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -33,6 +34,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 import common
+import csml
 import hirl_moco
 import hirl_simclr
 
@@ -47,6 +49,7 @@ OWN = {  # small numbers for the arguments that a script has for itself
     "hirl_moco": "--clusters 12 4 2 --queue-size 32 --negative-paths 20",
     "hcsc": "--clusters 12 4 2 --queue-size 32",
     "hirl_simclr": "--clusters 12 4 2 --negative-paths 20 --temperature 1",  # low ones magnify rounding
+    "csml": "--clusters 12 4 2 --queue-size 32 --neighbours 4 --refresh-every 2 --base-lr 0.005",
 }
 PLAIN = {"csml": "--neighbours 0 --clusters 0"}  # how a script is told to leave out its hierarchy; else --clusters 0
 TIMINGS = ("images_per_s", "data_wait", "peak_memory_gib")  # what may differ between equal runs
@@ -142,7 +145,8 @@ def log(folder):
 
 def losses(row):
     """The entries of a log row that are losses: everything named in it but what is known not to be one."""
-    other = {"epoch", "knn", "knn_pixels", "feature_std", "lr", "clusters_in_use", "unreadable", *TIMINGS}
+    other = {"epoch", "knn", "knn_pixels", "feature_std", "lr", "clusters_in_use", "unreadable",
+             "neighbours_same_label", *TIMINGS}
     return {name: value for name, value in row.items() if name not in other}
 
 
@@ -385,6 +389,100 @@ def test_simclr_loop_reads_as_described(tmp_path, pictures):
             assert_close(row[name], sums[name], rtol=1e-4, atol=0)
     for name, weight in load(tmp_path / "run/backbone.pt").items():
         assert_close(weight, encoder.backbone.state_dict()[name], rtol=1e-3, atol=1e-5)
+
+
+def test_the_loop_of_csml_reads_as_the_paper_says(tmp_path, pictures):
+    """csml's first three epochs once more in plain words: which view is whose, two layers, a table every second epoch.
+
+    Neighbours of the key trunk's features; queries of the image, the neighbour, the image with a box of the neighbour
+    in it; the warm-up's weights; the image's key alone in a queue for each layer.
+    """
+    argv = arguments("csml", pictures, tmp_path / "run", level_weights="0 0 0.5 1", neighbour_weight=0.4, base_lr=0.02)
+    run(tmp_path, "csml", argv)
+    args = csml.parse_args(argv)
+    train, _ = common.load_data(args.data)
+    torch.manual_seed(0)
+    model = csml.MoCo(csml.StageEncoder(csml.Encoder("tiny", "3x3", "mlp-bn", 128), [3, 4], "mlp-bn", 128), 256, 32)
+    model.to(memory_format=torch.channels_last)
+    queue = {3: F.normalize(model.queue[:, :128], dim=1), 4: F.normalize(model.queue[:, 128:], dim=1)}
+    optimizer = torch.optim.SGD(model.encoder_q.parameters(), 1.0, momentum=0.9, weight_decay=args.weight_decay)
+    augmentation = csml.AUGMENTATIONS["cifar"]._replace(size=16)
+    for epoch in range(EPOCHS):
+        sums = {}
+        if epoch in (0, 2):
+            x = F.normalize(common.extract_features(model.encoder_k.backbone, train, 16), dim=1)
+            table = (x @ x.T).fill_diagonal_(-2).topk(4).indices  # (N, 4)
+            kind = train.labels[:, None]
+            same = (100 * (kind == train.labels[table]).double().mean(dim=(0, 1))).tolist()
+
+        def neighbour(epoch, step, index):
+            draw = torch.randint(4, (16,), generator=common.random_state(0, epoch, step, "neighbour"))
+            return table[index, draw]
+
+        train.partner = neighbour
+        for step, _, (q, k, n, k_n) in common.batches(train, 16, [augmentation] * 2, seed=0, epoch=epoch):
+            m, lam = csml.cutmix(q, n, common.random_state(0, epoch, step, "cutmix"))
+            raw = model.encoder_q(torch.cat([q, n, m]))  # (48, 2, 128)
+            for p_k, p_q in zip(model.encoder_k.parameters(), model.encoder_q.parameters()):
+                p_k.data = args.ema_momentum * p_k.data + (1 - args.ema_momentum) * p_q.data
+            raw_k = model.encoder_k(torch.cat([k, k_n]))
+            a, b = (1, 0) if epoch == 0 else (0.6, 0.4)
+            terms = {}
+            for place, (layer, weight) in enumerate(((3, 0.5), (4, 1))):
+                q, n, m = F.normalize(raw[:, place], dim=1).split(16)
+                k, k_n = F.normalize(raw_k[:, place], dim=1).detach().split(16)
+
+                def nce(query, key):
+                    return weight / 3 * csml.info_nce(query, key, queue[layer], 0.2)
+
+                name = "_layer3" if layer == 3 else ""
+                terms["image" + name] = a * nce(q, k) + b * nce(q, k_n)
+                terms["neighbour" + name] = b * nce(n, k) + a * nce(n, k_n)
+                terms["mix" + name] = lam * nce(m, k) + (1 - lam) * nce(m, k_n)
+                queue[layer] = torch.cat([queue[layer][16:], k])  # the oldest half leaves
+            for group in optimizer.param_groups:
+                group["lr"] = 0.02 * 16 / 256 * 0.5 * (1 + np.cos(np.pi * (6 * epoch + step) / 18))
+            optimizer.zero_grad()
+            sum(terms.values()).backward()
+            optimizer.step()
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + value.item() / STEPS
+        row = log(tmp_path / "run")[epoch + 1]
+        assert losses(row).keys() == sums.keys()
+        for name, value in sums.items():
+            assert_close(row[name], value, rtol=1e-3, atol=0)
+        if epoch in (0, 2):
+            assert_close(row["neighbours_same_label"], same, rtol=0, atol=1.0 if epoch else 0.01)
+        else:
+            assert "neighbours_same_label" not in row
+
+
+def test_csml_without_neighbours_is_moco_bit_for_bit(pictures, tmp_path):
+    """--neighbours 0: the losses, the backbone and the queue of hirl_moco.py --clusters 0 with equal settings."""
+    own = dict(queue_size=32, clusters=0, base_lr=0.02)
+    run(tmp_path, "csml", arguments("csml", pictures, "csml", neighbours=0, **own))
+    run(tmp_path, "hirl_moco", arguments("hirl_moco", pictures, "moco", **own))
+    ours, moco = log(tmp_path / "csml"), log(tmp_path / "moco")
+    assert len(ours) == len(moco) == EPOCHS + 1 and all(row["moco"] > 0 for row in moco[1:])
+    for a, b in zip(ours, moco):
+        assert {k: v for k, v in a.items() if k not in TIMINGS} == {k: v for k, v in b.items() if k not in TIMINGS}
+    assert same(load(tmp_path / "csml/backbone.pt"), load(tmp_path / "moco/backbone.pt"))
+    assert same(*(load(tmp_path / name / "checkpoint.pt")["model"]["queue"] for name in ("csml", "moco")))
+
+
+def test_csml_resumes_with_the_table_it_had(pictures, tmp_path):
+    """Until the next search the checkpoint's neighbours stay, here others than a search would find."""
+    argv = arguments("csml", pictures, tmp_path / "run", refresh_every=3)
+    run(tmp_path, "csml", argv, code=143, stop_at=(2, signal.SIGTERM))  # in the epoch that began with a search
+    path = tmp_path / "run/checkpoint.pt"
+    state = load(path)
+    table = state["model"]["neighbours"]
+    assert table.shape == (IMAGES, 4) and not (table == torch.arange(IMAGES)[:, None]).any()
+    assert all(len(set(row)) == 4 for row in table.tolist()) and 0 <= table.min() and table.max() < IMAGES
+    state["model"]["neighbours"] = other = (table + 1) % IMAGES
+    torch.save(state, path)
+    run(tmp_path, "csml", argv + ["--resume"])
+    assert torch.equal(load(path)["model"]["neighbours"], other)
 
 
 # ---- stopped and resumed
@@ -633,7 +731,7 @@ def test_sync_batch_norm_on_two_ranks_equals_batch_norm_on_one(tmp_path):
 def test_plain_runs_of_the_moco_scripts_are_one_run(pictures, tmp_path):
     """Without its hierarchy every script on MoCo's blocks is MoCo v2: the same losses, to the last bit."""
     rows = {}
-    for script in sorted({"hirl_moco", "hcsc", "csml"} & set(SCRIPTS)):
+    for script in ("hcsc", "hirl_moco"):
         run(tmp_path, script, arguments(script, pictures, script, plain=True, epochs=2))
         rows[script] = [{name: value for name, value in row.items() if name not in TIMINGS}
                         for row in log(tmp_path / script)]
@@ -744,8 +842,6 @@ def test_faults_of_the_command_line(script, fault, pictures, tmp_path):
     extra, words = FAULTS[fault]
     if fault == "no GPU" and torch.cuda.is_available():
         pytest.skip("there is one")
-    if script == "csml" and "--clusters" in extra:
-        pytest.skip("no clusters")
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.png").write_bytes(b"x")
     refused(tmp_path, script, arguments(script, pictures, "run") + extra.format(tmp=tmp_path).split(), words)
@@ -766,6 +862,22 @@ def test_folder_without_permission(copied, tmp_path):
         paths[0].parent.chmod(0o755)
 
 
+@pytest.mark.parametrize("extra, words", (
+    ("--neighbours 96", "--neighbours 96 95 other pictures"), ("--neighbours -1", "--neighbours -1"),
+    ("--refresh-every 0", "--refresh-every"), ("--neighbour-weight 1.5", "--neighbour-weight 1.5 most"),
+    ("--level-weights 0 0 1 0", "--level-weights last"), ("--level-weights 1 1", "--level-weights 4")))
+def test_faults_of_csml(extra, words, pictures, tmp_path):
+    refused(tmp_path, "csml", arguments("csml", pictures, "run") + extra.split(), words)
+
+
+def test_a_preset_takes_fewer_neighbours_where_there_are_fewer_pictures(tmp_path):
+    make_pictures(tmp_path / "few", 4, seed=0)
+    argv = "--data few --out run --clusters 0 --device cpu --epochs 1 --arch tiny --image-size 16 --preset textures"
+    played = run(tmp_path, "csml", argv.split())
+    assert "--neighbours reduced from the preset's 5 to 3, the other pictures there are" in played.out
+    assert load(tmp_path / "run/checkpoint.pt")["model"]["neighbours"].shape == (4, 3)
+
+
 def test_an_existing_run_is_never_overwritten(whole, pictures):
     script, folder, _ = whole
     refused(folder.parent, script, arguments(script, pictures, folder), "exists --resume --out")
@@ -775,8 +887,6 @@ def test_resume_with_other_arguments_is_refused(whole, pictures):
     script, folder, _ = whole
     for name, value in (("base_lr", 0.07), ("clusters", "10 4 2"), ("seed", 1)):
         flag = "--" + name.replace("_", "-")
-        if script == "csml" and name == "clusters":
-            continue
         argv = arguments(script, pictures, folder, **{name: value}) + ["--resume"]
         refused(folder.parent, script, argv, f"{flag} --out")
 
@@ -919,21 +1029,60 @@ def test_a_flat_folder_of_mixed_sizes_and_modes(script, tmp_path):
     assert log(tmp_path / "run")[-1]["unreadable"] == 1
 
 
-def test_decoded_on_demand_equals_in_memory(tmp_path):
+@pytest.mark.parametrize("partner", (None, lambda epoch, step, index: (index * 7 + step + epoch) % 40))
+def test_decoded_on_demand_equals_in_memory(partner, tmp_path):
     """The worker's crops and the device's: the same boxes, so about the same views, and the same order."""
     make_pictures(tmp_path / "same", 40, seed=3)
     inside, _ = common.load_data(str(tmp_path / "same"))
     outside = common.Images(inside.names, inside.labels, inside.class_names,
                             paths=[tmp_path / "same" / name for name in inside.names])
+    inside.partner = outside.partner = partner
     view = common.Augmentation(size=16, scale=(0.5, 1.0))
     pairs = zip(common.batches(inside, 8, [view] * 2, seed=0, epoch=1, start=2),
                 common.batches(outside, 8, [view] * 2, seed=0, epoch=1, start=2), strict=True)
     for (step, index, views), (other_step, other_index, other_views) in pairs:
         assert step == other_step >= 2 and torch.equal(index, other_index)
+        assert len(views) == len(other_views) == (4 if partner else 2)
         for a, b in zip(views, other_views):
             assert (a - b).abs().mean() < 0.05  # bytes are rounded between crop and colour
     a, b = (common.extract_features(nn.Flatten(), images, 16) for images in (inside, outside))
     assert_close(a, b, rtol=0, atol=1e-4)
+
+
+def test_the_views_of_partners_follow_and_leave_the_own_as_they_are(pictures):
+    """Whole pictures, no chance: the third view is the partner's picture. With chance: the first two do not change."""
+    train, _ = common.load_data(str(pictures))
+    still = common.Augmentation(size=16, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0, jitter_p=0, gray_p=0)
+    view = common.Augmentation(size=16)
+    alone = [views for _, _, views in common.batches(train, BATCH, [view] * 2, seed=0, epoch=1)]
+    train.partner = lambda epoch, step, index: (index + 1 + step) % IMAGES
+    for step, index, (own, other) in common.batches(train, BATCH, [still], seed=0, epoch=1):
+        assert_close(own, common.normalize_pixels(train.pixels[index].float() / 255))
+        assert_close(other, common.normalize_pixels(train.pixels[(index + 1 + step) % IMAGES].float() / 255))
+    for (a, b), (_, _, views) in zip(alone, common.batches(train, BATCH, [view] * 2, seed=0, epoch=1), strict=True):
+        assert torch.equal(a, views[0]) and torch.equal(b, views[1]) and not torch.equal(views[0], views[2])
+
+
+def neighbours_of_uneven_shares():
+    """A rank's rows are 700, 0 and 1300 of 2000; some of them are doubles of others' rows."""
+    x = F.normalize(torch.randn(2000, 6, generator=torch.Generator().manual_seed(0)), dim=1)
+    x[1500:1600] = x[:100]
+    share = (slice(0, 700), slice(700, 700), slice(700, 2000))[common.world()[0]]
+    refusal = ""
+    try:
+        common.nearest_neighbours(x[share].where(torch.tensor(common.world()[0] != 2), math.nan), 3)
+    except ValueError as error:
+        refusal = str(error)
+    return dict(x=x, found=common.nearest_neighbours(x[share], 5), refusal=refusal)
+
+
+def test_nearest_neighbours_over_ranks(tmp_path):
+    ranks = in_ranks(neighbours_of_uneven_shares, tmp_path, size=3)
+    assert [len(rank["found"]) for rank in ranks] == [700, 0, 1300]
+    one = common.nearest_neighbours(ranks[0]["x"], 5)
+    assert torch.equal(torch.cat([rank["found"] for rank in ranks]), one)
+    assert (one[:100, 0] == torch.arange(1500, 1600)).all()
+    assert all("1300 of 2000" in rank["refusal"] for rank in ranks)  # all learn of it, none waits for another
 
 
 def test_one_unreadable_picture_is_replaced_by_its_neighbour(copied, tmp_path):

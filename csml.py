@@ -1,0 +1,425 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.4", "torchvision>=0.19", "numpy", "tqdm"]
+# ///
+"""CsMl on MoCo v2: views seeded from other images, at several layers (Seed the Views 2012.02733, MoCo v2 2003.04297).
+
+    1  every few epochs: key features of all images, from the trunk -> K nearest others  common.nearest_neighbours
+    2  an image comes with one of its neighbours, drawn anew; queries q of the image, n of the neighbour and m of
+       the image with a box of the neighbour's in it, lam the share of the image left                 cutmix_box
+    3  keys k of the image and k_n of the neighbour; a query picks a key out of a queue of past keys
+    4  CsMl: q picks k, n picks k_n; after a warm-up each picks either; m picks both by their area     csml_loss
+    5  multi-level: the same at earlier stages of the trunk, each with its own queue                 StageEncoder
+    6  step; enqueue k
+
+CPU demo, under 3 minutes   python csml.py
+the same, plain MoCo v2     python csml.py --neighbours 0       bit for bit hirl_moco.py --clusters 0
+several layers              python csml.py --level-weights 0 0 0.5 1
+one GPU                     python csml.py --data cifar100 --amp --compile
+paper scale, 8 GPUs         torchrun --nproc-per-node=8 csml.py --data /imagenet --amp
+
+Symbols  q, n, m queries; k, k_n keys (B, D)    queue u (Q, D)    S stages in use, the last stage last
+         model.neighbours (N, K) image -> images nearest first    a, b weights of own and other key
+
+Changes relative to hirl_moco.py
+  hierarchy     neighbours instead of a tree: --clusters is for tree.png and clusters.csv after training only,
+                --warmup-epochs are those in which q and n pick their own key alone
+  a step        queries q, n, m pass the encoder as one batch, keys k, k_n as another, batch norm included
+  loss          csml_loss instead of info_nce + path loss
+
+Differs from paper or released code
+  multi-level   a RECONSTRUCTION. Known: the abstract pulls similar images together at different layers; the
+                release has the last one alone, the default here. Inferred, and without reference numbers: which
+                stages, pooling + MLP, a queue and the same loss for each, the weights, one table for all
+  neighbours    an image is left out of its own by its number. The release drops the nearest hit: of exact
+                doubles that may be the other one, and the image becomes its own neighbour
+  warm-up       the release writes "epoch > 10" into the code; here --warmup-epochs, 11 for ImageNet. CutMix mixes
+                the neighbour in from the first epoch, as released, when the table is an untrained network's
+  small data    the presets below ImageNet differ as in hirl_moco.py; textures: a new table every epoch
+"""
+
+# ---- [shared] imports
+import copy
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import common
+
+# ---- [method] presets: one column a data scale, chosen by --data, printed at start
+PRESETS = {
+    "textures": dict(arch="tiny", stem="3x3s2", projector="mlp-bn", image_size=32, epochs=12, batch_size=32,
+                     base_lr=0.8, weight_decay=5e-4, ema_momentum=0.75, queue_size=256, clusters=[108, 27, 9],
+                     warmup_epochs=7, neighbours=5, refresh_every=1, bn="sync"),
+    "cifar": dict(arch="resnet18", stem="3x3", projector="mlp-bn", image_size=32, epochs=200, batch_size=512,
+                  base_lr=0.06, weight_decay=5e-4, ema_momentum=0.99, queue_size=4096, clusters=[1000, 200, 40],
+                  warmup_epochs=20, neighbours=5, refresh_every=5, bn="sync"),
+    "photos": dict(arch="resnet18", stem="7x7", projector="mlp-bn", image_size=96, epochs=200, batch_size=256,
+                   base_lr=0.06, weight_decay=5e-4, ema_momentum=0.99, queue_size=4096, clusters=[1000, 200, 40],
+                   warmup_epochs=20, neighbours=5, refresh_every=5, bn="sync"),
+    "imagenet": dict(arch="resnet50", stem="7x7", projector="mlp", image_size=224, epochs=200, batch_size=256,
+                     base_lr=0.03, weight_decay=1e-4, ema_momentum=0.999, queue_size=65536,
+                     clusters=[30000, 10000, 1000], warmup_epochs=11, neighbours=5, refresh_every=5, bn="shuffle"),
+}
+
+# ---- [shared: moco] augmentation: MoCo v2's, less blur at 32 px
+AUGMENTATIONS = {
+    "textures": common.Augmentation(scale=(0.4, 1.0), gray_p=0.5, shuffle_p=0.5),
+    "cifar": common.Augmentation(scale=(0.2, 1.0), gray_p=0.2),
+    "photos": common.Augmentation(scale=(0.2, 1.0), gray_p=0.2, blur_p=0.5),
+    "imagenet": common.Augmentation(scale=(0.2, 1.0), gray_p=0.2, blur_p=0.5),
+}
+
+
+# ---- [shared] arguments
+def shared_arguments():
+    p = common.Parser(description=__doc__, epilog=common.preset_table(PRESETS), allow_abbrev=False,
+                      formatter_class=common.HelpFormatter)
+    add = p.add_argument
+    add("--data", default="textures", help="textures, cifar10, cifar100, stl10 or a folder of pictures")
+    add("--data-root", default="data", help="where torchvision's sets are kept")
+    add("--preset", default="auto", choices=["auto", *PRESETS], help="the defaults marked 'preset'")
+    add("--out", help="run folder (default: runs/<script>-<data>-<seed>)")
+    add("--resume", action="store_true", help="continue the run in --out where it stopped")
+    add("--arch", help="tiny, or a torchvision model that ends in fc, as resnet50 (preset)")
+    add("--stem", choices=list(common.STEMS), help="first layer: 3x3 without max-pool, or torchvision's (preset)")
+    add("--projector", choices=["mlp", "mlp-bn"], help="two linear layers, or with batch norm between (preset)")
+    add("--image-size", type=common.positive(int), help="side of the views, pixels (preset)")
+    add("--dim", type=common.positive(int), default=128, help="width D of the embedding")
+    add("--epochs", type=common.positive(int), help="passes over the data (preset)")
+    add("--batch-size", type=common.positive(int), help="images a step, over all processes (preset)")
+    add("--base-lr", type=common.positive(float), help="lr = base-lr * batch-size / 256, cosine to 0 (preset)")
+    add("--weight-decay", type=common.positive(float, zero=True), help="on every parameter (preset)")
+    add("--clusters", type=int, nargs="+", metavar="K", help="clusters a level, finest first; 0: none (preset)")
+    add("--warmup-epochs", type=common.positive(int, zero=True), help="epochs before the hierarchy (preset)")
+    add("--seed", type=int, default=0, help="of everything random")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+    add("--workers", type=common.positive(int, zero=True), default=4,
+        help="processes that decode pictures too large or too many to keep in memory")
+    add("--amp", action="store_true", help="bfloat16 autocast in the networks; losses stay float32")
+    add("--compile", action="store_true", help="torch.compile the encoders")
+    add("--eval-every", type=common.positive(int), default=1, help="epochs between kNN evaluations")
+    add("--tensorboard", action="store_true", help="also write the log for tensorboard, if it is installed")
+    return p
+
+
+# ---- [method] arguments
+def parse_args(argv=None):
+    p = shared_arguments()
+    add = p.add_argument
+    add("--temperature", type=common.positive(float), default=0.2, help="of InfoNCE (MoCo v2)")
+    add("--queue-size", type=common.positive(int), help="negatives Q kept (MoCo; preset)")
+    add("--ema-momentum", type=common.positive(float, zero=True, most=1),
+        help="m: theta_k <- m theta_k + (1-m) theta_q (MoCo Eq. 2; preset)")
+    add("--bn", choices=["sync", "shuffle"], help="batch norm under torchrun: over all, or MoCo's own (preset)")
+    add("--neighbours", type=common.positive(int, zero=True), help="nearest images to draw from; 0: MoCo v2 (preset)")
+    add("--refresh-every", type=common.positive(int), help="epochs between searches for them (CsMl: 5; preset)")
+    add("--neighbour-weight", type=common.positive(float, zero=True, most=1), default=0.5,
+        help="b, after the warm-up, of the other picture's key; a = 1 - b (CsMl: 0.5)")
+    add("--level-weights", type=common.positive(float, zero=True), nargs=4, metavar="W", default=[0.0, 0.0, 0.0, 1.0],
+        help="of the loss at the trunk's four stages, 0: stage unused; our reconstruction, see above")
+    args = common.resolve_arguments(p, PRESETS, argv)
+    if args.level_weights[-1] == 0:
+        raise common.UserError("--level-weights must end above 0: the last stage is the one that is kept")
+    return args
+
+
+# ---- [shared] encoder
+class Encoder(nn.Module):
+    """Backbone and MLP projector: (B, 3, H, W) -> (B, D), raw: not yet on the unit sphere."""
+
+    def __init__(self, arch, stem, projector, dim):
+        super().__init__()
+        self.backbone, width = common.backbone(arch, stem)
+        norm = [nn.BatchNorm1d(width)] if projector == "mlp-bn" else []
+        self.projector = nn.Sequential(nn.Linear(width, width), *norm, nn.ReLU(inplace=True),
+                                       nn.Linear(width, dim))
+
+    def forward(self, x):
+        return self.projector(self.backbone(x))
+
+
+# ---- [method] stages
+class StageEncoder(nn.Module):
+    """Projections of S stages of an Encoder's ResNet, 4 the last: (B, 3, H, W) -> (B, S, D), raw.
+
+    Stage 4 alone is the Encoder itself. Earlier ones are pooled and get a projector like its own: a reconstruction.
+    """
+
+    def __init__(self, encoder, stages, projector, dim):
+        super().__init__()
+        self.backbone, self.projectors = encoder.backbone, nn.ModuleDict()
+        for stage in stages:
+            width = encoder.projector[0].in_features >> 4 - stage  # each stage is half as wide as the next
+            norm = [nn.BatchNorm1d(width)] if projector == "mlp-bn" else []
+            self.projectors[str(stage)] = encoder.projector if stage == 4 else nn.Sequential(
+                nn.Linear(width, width), *norm, nn.ReLU(inplace=True), nn.Linear(width, dim))
+
+    def forward(self, x):
+        trunk, raw = self.backbone, []
+        x = trunk.maxpool(trunk.relu(trunk.bn1(trunk.conv1(x))))
+        for stage in "1234":
+            x = trunk.get_submodule("layer" + stage)(x)
+            if stage in self.projectors:
+                raw.append(self.projectors[stage](trunk.avgpool(x).flatten(1)))
+        return torch.stack(raw, dim=1)
+
+
+# ---- [shared: moco] model
+class MoCo(nn.Module):
+    """Query encoder, its slow copy for the keys, a queue of past keys."""
+
+    def __init__(self, encoder, dim, queue_size):
+        super().__init__()
+        self.encoder_q = encoder
+        self.encoder_k = copy.deepcopy(encoder).requires_grad_(False)
+        self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))  # (Q, D)
+        self.register_buffer("queue_ptr", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def update_key_encoder(self, ema_momentum):
+        """theta_k <- m theta_k + (1-m) theta_q: parameters only, batch-norm statistics are its own."""
+        for p_k, p_q in zip(self.encoder_k.parameters(), self.encoder_q.parameters()):
+            p_k.lerp_(p_q, 1 - ema_momentum)  # MoCo Eq. 2
+
+    @torch.no_grad()
+    def enqueue(self, keys):
+        """The newest keys replace the oldest; any number of them, the queue wraps around."""
+        size = len(self.queue)
+        row = (self.queue_ptr + torch.arange(len(keys), device=keys.device)) % size
+        self.queue[row[-size:]] = keys[-size:].to(self.queue.dtype)
+        self.queue_ptr.copy_((self.queue_ptr + len(keys)) % size)
+
+
+def shuffled_batch_norm(encode, view, generator):
+    """MoCo's shuffled BN: keys (b, D) computed in batches mixed across ranks, so that statistics tell nothing."""
+    everyone = common.all_gather_rows(view)  # (B, 3, H, W) of all ranks
+    order, mine = torch.randperm(len(everyone), generator=generator), common.local_rows(len(everyone))
+    keys = common.all_gather_rows(encode(everyone[order[mine]]))  # (B, D) in shuffled order
+    return keys[order.argsort()[mine].to(keys.device)]
+
+
+# ---- [method] CutMix
+def cutmix_box(height, width, lam, center):
+    """The box that CutMix (1905.04899) cuts out: sides sqrt(1 - lam) of the picture's, clipped at its edge.
+
+    height, width pixels; lam in [0, 1], the share of the picture to keep; center (row, column) of the box.
+    Returns (row0, col0, row1, col1, lam), half open, lam now 1 - area of the box / area of the picture.
+    As released: a side of odd length loses a pixel, for half sides are whole.
+    """
+    half = [int(side * math.sqrt(1 - lam)) // 2 for side in (height, width)]
+    row0, col0 = (max(0, c - h) for c, h in zip(center, half))
+    row1, col1 = (min(side, c + h) for side, c, h in zip((height, width), center, half))
+    return row0, col0, row1, col1, 1 - (row1 - row0) * (col1 - col0) / (height * width)
+
+
+def paste_box(images, others, row0, col0, row1, col1):
+    """The images (B, C, H, W) with a box taken from the others."""
+    mixed = images.clone()
+    mixed[:, :, row0:row1, col0:col1] = others[:, :, row0:row1, col0:col1]
+    return mixed
+
+
+def cutmix(images, others, generator):
+    """One box of all images (B, C, H, W) from the others -> mixed images, share of the image that is left in them."""
+    height, width = images.shape[2:]
+    lam = torch.rand((), generator=generator).item()  # Beta(1, 1)
+    center = [int(torch.randint(side, (), generator=generator)) for side in (height, width)]
+    *box, lam = cutmix_box(height, width, lam, center)
+    return paste_box(images, others, *box), lam
+
+
+# ---- [method] neighbours
+def draw_neighbours(table, index, generator):
+    """One of the neighbours (N, K) of each image in index (B,) -> (B,)."""
+    drawn = torch.randint(table.shape[1], (len(index),), generator=generator)
+    return table[index.to(table.device), drawn.to(table.device)]
+
+
+# ---- [method] loss
+def csml_loss(q, k, queue, lam, weights, temperature):
+    """Image, neighbour and mixed picture each pick the keys of image and neighbour out of the queue.
+
+    l(x, y) = mean_n -log exp(x_n.y_n/T) / (exp(x_n.y_n/T) + sum_j exp(x_n.u_j/T)), each key with a softmax of its own
+    image      1/3 [ a l(q, k) + b l(q, k_n) ]
+    neighbour  1/3 [ b l(n, k) + a l(n, k_n) ]
+    mix        1/3 [ lam l(m, k) + (1 - lam) l(m, k_n) ]                                            # CsMl
+
+    q        (3, B, D) unit queries q, n, m of image, neighbour and mixed picture; the gradient goes here alone
+    k        (2, B, D) unit keys k, k_n of image and neighbour
+    queue    (Q, D) unit rows u_j
+    lam      share of the image in the mixed picture
+    weights  (a, b): (1, 0) in the warm-up, (1/2, 1/2) after it; a + b = 1
+    Returns the three terms, (3,); their sum is the loss. A network that tells nothing apart scores ln(1+Q)/3 in each.
+    """
+    a, b = weights
+    share = q.new_tensor([[a, b], [b, a], [lam, 1 - lam]])  # (3, 2) of each key in each query's loss
+    pos = (q[:, None] * k.detach()).sum(dim=3) / temperature  # (3, 2, B)
+    neg = (q @ queue.detach().T / temperature).logsumexp(dim=2)  # (3, B)
+    nce = (torch.logaddexp(pos, neg[:, None]) - pos).mean(dim=2)  # (3, 2), the six l(., .)
+    return (share * nce).sum(dim=1) / 3  # CsMl
+
+
+# ---- [shared: moco] loss
+def info_nce(q, k, queue, temperature):
+    """The query picks its own key among the queue: -log exp(q.k/T) / (exp(q.k/T) + sum_j exp(q.u_j/T)).
+
+    q, k (B, D) unit rows, queue (Q, D) unit rows u_j; the gradient goes to q alone. Returns a scalar;
+    a network that tells nothing apart scores ln(1 + Q). Source: MoCo (1911.05722) Eq. 1.
+    """
+    pos = (q * k.detach()).sum(dim=1, keepdim=True)  # (B, 1)
+    neg = q @ queue.detach().T  # (B, Q)
+    logits = torch.cat([pos, neg], dim=1) / temperature  # (B, 1+Q), the answer is column 0
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device))  # MoCo Eq. 1
+
+
+def main(args):
+    # ---- [shared] data
+    device = common.set_up(args)
+    run = common.Run(args)
+    train, test = common.load_data(args.data, args.data_root, device)
+    batch_size = common.fit_batch(args, len(train))
+    clusters = common.fit_clusters(args, len(train))
+    steps_per_epoch = len(train) // batch_size
+    peak_lr = args.base_lr * batch_size / 256
+    augmentation = AUGMENTATIONS[args.preset]._replace(size=args.image_size)
+    loader = dict(device=device, workers=args.workers)
+
+    # ---- [method] model
+    stages = {stage: weight for stage, weight in enumerate(args.level_weights, 1) if weight > 0}
+    neighbours = common.at_most("neighbours", args.neighbours, len(train) - 1, args, what="other pictures")
+    queue_size = common.at_most("queue_size", args.queue_size, len(train), args)
+    encoder = StageEncoder(Encoder(args.arch, args.stem, args.projector, args.dim), stages, args.projector, args.dim)
+    model = MoCo(encoder, len(stages) * args.dim, queue_size)  # a stage's queue: D columns of one
+    if len(stages) > 1:
+        model.queue = F.normalize(model.queue.unflatten(1, (-1, args.dim)), dim=2).flatten(1)  # (Q, S D)
+    if neighbours:
+        model.register_buffer("neighbours", torch.zeros(len(train), neighbours, dtype=torch.int64))
+    if args.bn == "sync":
+        common.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
+    model.to(device, memory_format=torch.channels_last)
+    encode_q, encode_k = (torch.compile(encoder) if args.compile else encoder
+                          for encoder in (model.encoder_q, model.encoder_k))
+    names = ["image", "neighbour", "mix"] if neighbours else ["moco"]
+    chance = {name: stages[4] * math.log(1 + queue_size) / len(names) for name in names}
+    exported, clustered = model.encoder_q, model.encoder_k.backbone  # neighbours are those of the key trunk
+    views = [augmentation] * 2  # of each image, and of the neighbour that it comes with
+    if neighbours:
+        train.partner = lambda epoch, step, index: draw_neighbours(
+            model.neighbours, index, common.random_state(args.seed, epoch, step, "neighbour"))
+
+    # ---- [method] optimizer
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], peak_lr,
+                                momentum=0.9, weight_decay=args.weight_decay)
+
+    # ---- [shared] resume
+    run.start(args, dict(pictures=len(train), fingerprint=train.fingerprint(), clusters=clusters,
+                         batch_size=batch_size, peak_lr=peak_lr, steps_per_epoch=steps_per_epoch,
+                         processes=common.world()[1], device=str(device),
+                         chance_level_loss={name: round(loss, 4) for name, loss in chance.items()}))
+    hierarchy, meter, start_epoch, start_step = None, common.Meter(), 0, 0
+    if state := run.load(device, model=model, optimizer=optimizer):
+        start_epoch, start_step = state["epoch"], state["step"]
+        hierarchy = state["hierarchy"] and common.Hierarchy(*state["hierarchy"])
+        meter = common.Meter(state["meter"])
+
+    def save(epoch, step):
+        run.save(model=model.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch, step=step,
+                 hierarchy=hierarchy and tuple(hierarchy), meter=meter.state())
+
+    def features(network, images):  # (n, F) of this rank's rows, in evaluation mode
+        return common.extract_features(network, images, args.image_size, amp=args.amp, **loader)
+
+    def knn():  # percent a label level
+        return common.knn_accuracy(train, test, lambda images: features(exported.backbone, images))
+
+    def grow_tree(x, seed):  # this rank's features (n, D), unit rows -> the Hierarchy of all N images
+        hierarchy = common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=seed)
+        return hierarchy._replace(assign=[common.all_gather_rows(assign) for assign in hierarchy.assign])
+
+    # ---- [shared] epochs
+    if not run.rows(before=start_epoch + 1):
+        run.write(dict(epoch=0, knn=knn(), knn_pixels=common.knn_of_pixels(train, test, args.image_size, device)))
+    for epoch in range(start_epoch, args.epochs):
+
+        # ---- [method] neighbours of the epochs to come
+        if neighbours and epoch % args.refresh_every == 0:
+            if start_step == 0:  # resumed inside the epoch: the checkpoint holds them
+                x = F.normalize(features(clustered, train), dim=1)
+                model.neighbours.copy_(common.all_gather_rows(common.nearest_neighbours(x, neighbours)))
+            if train.labels is not None:
+                meter.notes["neighbours_same_label"] = common.same_label(train.labels, model.neighbours)
+
+        # ---- [shared] batches
+        batches = common.batches(train, batch_size, views, seed=args.seed, epoch=epoch, start=start_step, **loader)
+        batches = meter.timed(common.progress(batches, steps_per_epoch - start_step, epoch))
+        for step, index, crops in batches:
+            done = (epoch + step / steps_per_epoch) / args.epochs
+            place = (args.seed, epoch, step)
+
+            # ---- [shared: cosine] learning rate
+            lr = 0.5 * peak_lr * (1 + math.cos(math.pi * done))
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+            # ---- [method] queries and keys
+            views_q, views_k = [*crops[0::2]], [*crops[1::2]]  # of the image, then of its neighbour
+            if neighbours:
+                mixed, lam = cutmix(*views_q, common.random_state(*place, "cutmix"))
+                views_q.append(mixed)
+            view_q, view_k = torch.cat(views_q), torch.cat(views_k)  # (3B, 3, H, W), (2B, 3, H, W)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                raw = encode_q(view_q).float()  # (3B, S, D)
+                with torch.no_grad():  # no gradient to keys
+                    model.update_key_encoder(args.ema_momentum)  # before encoding
+                    if args.bn == "shuffle" and common.world()[1] > 1:
+                        k = shuffled_batch_norm(encode_k, view_k, common.random_state(*place, "shuffle")).float()
+                    else:
+                        k = encode_k(view_k).float()
+            q, k = (F.normalize(x, dim=2).unflatten(0, (-1, len(index))) for x in (raw, k))  # (3 or 2, B, S, D)
+
+            # ---- [method] base loss
+            b = args.neighbour_weight if epoch >= args.warmup_epochs else 0.0
+            losses, queues = {}, model.queue.split(args.dim, dim=1)  # S of (Q, D), of before this step
+            for (stage, weight), stage_q, stage_k, queue in zip(stages.items(), q.unbind(2), k.unbind(2), queues):
+                terms = (csml_loss(stage_q, stage_k, queue, lam, (1 - b, b), args.temperature) if neighbours else
+                         [info_nce(stage_q[0], stage_k[0], queue, args.temperature)])
+                losses |= {f"{name}_layer{stage}" if stage < 4 else name: weight * term
+                           for name, term in zip(chance, terms)}
+            watched = {"feature_std": common.feature_std(q[0, :, -1])}
+            k = k[0].flatten(1)  # (B, S D): the image's key alone is queued
+
+            # ---- [shared] step
+            optimizer.zero_grad(set_to_none=True)
+            sum(losses.values()).backward()
+            common.average_gradients(model.parameters())
+            optimizer.step()
+
+            # ---- [shared: moco] queue
+            model.enqueue(common.all_gather_rows(k))
+
+            # ---- [shared] log
+            meter.add(step, {**losses, **watched})
+            run.stop_if_asked(lambda: save(epoch, step + 1))
+        last = epoch + 1 == args.epochs
+        run.write(dict(epoch=epoch + 1, **meter.means(), lr=optimizer.param_groups[0]["lr"],
+                       **meter.speed(batch_size),
+                       knn=knn() if last or (epoch + 1) % args.eval_every == 0 else None,
+                       clusters_in_use=hierarchy and common.clusters_in_use(hierarchy),
+                       unreadable=len(train.unreadable)))
+        meter, start_step = common.Meter(), 0
+        save(epoch + 1, 0)
+
+    # ---- [shared] what remains
+    run.save_backbone(exported.backbone)
+    if clusters:
+        x = F.normalize(features(clustered, train), dim=1)
+        common.write_tree(run.folder, train, x, grow_tree(x, seed=args.seed))
+    common.verdict(run, train)
+
+
+# ---- [shared] entry
+if __name__ == "__main__":
+    common.launch(main, parse_args)
