@@ -34,6 +34,7 @@ import csml
 import hcsc
 import hirl_moco
 import hirl_simclr
+import hirl_swav
 
 HERE = Path(__file__).resolve().parent
 
@@ -1276,6 +1277,285 @@ def test_stage_encoder_reads_the_stages_of_its_trunk():
             assert_close(found[:, place], several.projectors[str(stage)](seen[stage]))
 
 
+# ---- SwAV: assignments, swapped prediction, LARC, re-assignment
+
+P, V = 17, 2  # learnt prototypes, local crops: C = 4
+
+
+def slow_sinkhorn(scores, epsilon, iterations):
+    """SwAV's notation: Q (P, B) = exp(scores^T / epsilon), rows scaled to 1/P, then columns to 1/B, at last times B."""
+    table = [[math.exp(s / epsilon) for s in column] for column in scores.double().T.tolist()]
+    samples = len(scores)
+    for _ in range(iterations):
+        for row in table:
+            total = sum(row)
+            row[:] = [q / total / len(table) for q in row]
+        for b in range(samples):
+            total = sum(row[b] for row in table)
+            for row in table:
+                row[b] /= total * samples
+    return samples * torch.tensor(table, dtype=torch.float64).T
+
+
+def check_sinkhorn(sinkhorn):
+    for b, p in ((B, P), (P, B), (1, P), (B, 1), (2, 40)):
+        scores = unit(b, D, seed=1) @ unit(p, D, seed=2).T
+        for epsilon, iterations in ((0.05, 3), (0.3, 1), (1.0, 7)):
+            found = sinkhorn(scores, epsilon, iterations)
+            assert_close(found, slow_sinkhorn(scores, epsilon, iterations), **EXACT)
+            single = sinkhorn(scores.float(), epsilon, iterations)
+            assert single.dtype == torch.float32
+            assert_close(single.double(), found, rtol=1e-4, atol=1e-6)
+    assert_close(sinkhorn(scores), slow_sinkhorn(scores, 0.05, 3), **EXACT)  # SwAV's defaults
+
+
+def test_sinkhorn_equals_the_loops():  # SwAV Eq. 5
+    check_sinkhorn(hirl_swav.sinkhorn)
+
+
+def test_sinkhorn_by_hand():
+    """Masses [[1, 3], [1, 1]]; prototypes first: [[1/2, 3/4], [1/2, 1/4]]; then images: [[2/5, 3/5], [2/3, 1/3]]."""
+    scores = torch.tensor([[1.0, 3.0], [1.0, 1.0]], dtype=torch.float64).log()
+    expected = torch.tensor([[2 / 5, 3 / 5], [2 / 3, 1 / 3]], dtype=torch.float64)
+    assert_close(hirl_swav.sinkhorn(scores, epsilon=1.0, iterations=1), expected)
+
+
+def test_sinkhorn_uses_all_prototypes_equally_in_the_end():
+    """Images sum to 1 after any number of rounds; prototypes to B/P only after many, and then both hold."""
+    scores = unit(B, D, seed=1) @ unit(P, D, seed=2).T
+    for iterations in (1, 3, 200):
+        assert_close(hirl_swav.sinkhorn(scores, 0.2, iterations).sum(1), torch.ones(B, dtype=torch.float64))
+    assert_close(hirl_swav.sinkhorn(scores, 0.2, 200).sum(0), torch.full((P,), B / P, dtype=torch.float64))
+    favourite = scores + 3.0 * (torch.arange(P) == 4)  # liked by all: no reason to get more
+    assert_close(hirl_swav.sinkhorn(favourite, 0.2), hirl_swav.sinkhorn(scores, 0.2))
+    order = torch.randperm(B, generator=torch.Generator().manual_seed(0))
+    assert_close(hirl_swav.sinkhorn(scores[order].flip(1)), hirl_swav.sinkhorn(scores)[order].flip(1))
+
+
+def test_sinkhorn_survives_small_epsilon():
+    """exp(1/epsilon) overflows float32 from epsilon 0.011 on, and a prototype's whole mass may underflow."""
+    scores = (unit(B, D, seed=1) @ unit(P, D, seed=2).T).float()
+    scores[:, 3] = -1.0
+    for epsilon in (1e-2, 1e-3, 1e-5):
+        found = hirl_swav.sinkhorn(scores, epsilon)
+        assert found.isfinite().all() and (found >= 0).all()
+        assert_close(found.sum(1), torch.ones(B), rtol=0, atol=1e-5)
+    assert_close(hirl_swav.sinkhorn(scores, 1e-2).double(), slow_sinkhorn(scores, 1e-2, 3), rtol=0, atol=1e-4)
+    assert hirl_swav.sinkhorn(scores.bfloat16(), 1e-2).dtype == torch.float32
+    assert_close(hirl_swav.sinkhorn(torch.ones(B, P)), torch.full((B, P), 1 / P))  # all the same: all equal
+
+
+def slow_swapped_prediction(scores, assignments, tau):
+    """1/2 sum_i 1/(C-1) sum_{v != i} 1/B sum_b - sum_p A_i[b,p] log( exp(s_p/tau) / sum_j exp(s_j/tau) )."""
+    crops, batch, _ = scores.shape
+    total = 0.0
+    for i in (0, 1):
+        for v in range(crops):
+            if v == i:
+                continue
+            for b in range(batch):
+                masses = [math.exp(s / tau) for s in scores[v, b].tolist()]
+                for a, mass in zip(assignments[i, b].tolist(), masses):
+                    total += -a * math.log(mass / sum(masses)) / batch / (crops - 1) / 2
+    return total
+
+
+def swav_batch(local=V, seed=0):
+    """Cosines (C, B, P) of C = 2 + local crops, and assignments (2, B, P) of any kind."""
+    scores = unit(2 + local, B, D, seed=seed) @ unit(P, D, seed=seed + 1).T
+    return scores, unit(2, B, P, seed=seed + 2).abs().softmax(dim=2)
+
+
+def check_swapped_prediction(swapped_prediction):
+    for local in (0, 1, V, 4):
+        scores, assignments = swav_batch(local)
+        for tau in (0.1, 1.0):
+            expected = slow_swapped_prediction(scores, assignments, tau)
+            assert_close(swapped_prediction(scores, assignments, tau).item(), expected, **EXACT)
+            single = swapped_prediction(scores.float(), assignments.float(), tau)
+            assert single.dtype == torch.float32 and single.shape == ()
+            assert_close(single.item(), expected, **SINGLE)
+
+
+def test_swapped_prediction_equals_the_loops():  # SwAV Eq. 2 and 6
+    check_swapped_prediction(hirl_swav.swapped_prediction)
+
+
+def test_swapped_prediction_by_hand():
+    """One image, two prototypes, crops 0 and 1 and one local one, temperature 1/2.
+
+    They predict (e^2, 1)/(1+e^2), (1/2, 1/2) and (1/4, 3/4). Crop 0 was assigned (1, 0): crop 1 loses log 2, the
+    local one log 4. Crop 1 was assigned (1/2, 1/2): crop 0 loses log(1+e^2) - 1, the local one (log 4 + log 4/3)/2.
+    """
+    scores = torch.tensor([[[1.0, 0.0]], [[0.3, 0.3]], [[0.0, math.log(3) / 2]]], dtype=torch.float64)
+    assignments = torch.tensor([[[1.0, 0.0]], [[0.5, 0.5]]], dtype=torch.float64)
+    first = (math.log(2) + math.log(4)) / 2
+    second = (math.log(1 + math.e**2) - 1 + (math.log(4) + math.log(4 / 3)) / 2) / 2
+    assert_close(hirl_swav.swapped_prediction(scores, assignments, 0.5).item(), (first + second) / 2)
+
+
+def test_swapped_prediction_of_equal_scores_is_log_of_prototypes():
+    """A network that tells nothing apart scores ln P, whatever was assigned: the chance level that a run prints."""
+    _, assignments = swav_batch()
+    loss = hirl_swav.swapped_prediction(torch.full((2 + V, B, P), 0.4, dtype=torch.float64), assignments, 0.1)
+    assert_close(loss.item(), math.log(P))
+
+
+def test_swapped_prediction_does_not_care_for_the_order_of_images_prototypes_or_local_crops():
+    scores, assignments = swav_batch()
+    loss = hirl_swav.swapped_prediction(scores, assignments, 0.1)
+    order = torch.randperm(B, generator=torch.Generator().manual_seed(0))
+    for other in ((scores[:, order], assignments[:, order]), (scores.flip(2), assignments.flip(2)),
+                  (scores[[0, 1, 3, 2]], assignments), (scores[[1, 0, 2, 3]], assignments.flip(0))):
+        assert_close(hirl_swav.swapped_prediction(*other, 0.1), loss)
+    for other in ((scores[:, order], assignments), (scores[[1, 0, 2, 3]], assignments)):  # what belongs together
+        assert not torch.isclose(hirl_swav.swapped_prediction(*other, 0.1), loss)
+
+
+def test_swapped_prediction_gradient_reaches_the_scores_alone():
+    """And a crop's scores are judged by the other crop's assignment only: crop 0 never sees its own."""
+    scores, assignments = (x.requires_grad_() for x in swav_batch())
+    hirl_swav.swapped_prediction(scores, assignments, 0.5).backward()
+    assert (scores.grad.abs().sum(dim=(1, 2)) > 0).all() and assignments.grad is None
+    targets = assignments.detach().clone()
+    targets[0] = targets[0].flip(1)
+    own, = torch.autograd.grad(hirl_swav.swapped_prediction(scores, targets, 0.5), scores)
+    assert torch.equal(own[0], scores.grad[0]) and not torch.isclose(own[1:], scores.grad[1:]).all(2).any()
+    assert torch.autograd.gradcheck(lambda x: hirl_swav.swapped_prediction(x, targets, 0.5), scores)
+
+
+def test_swav_golden():
+    """The official SwAV: logits, assignments, loss and gradients; no queue, a full one, one not yet full."""
+    g = golden("swav")
+    for case, past in (("", 0), ("queue_", 16), ("queuepart_", 0)):
+        for dtype, tolerance in ((torch.float64, EXACT), (torch.float32, dict(rtol=1e-5, atol=2e-6))):
+            z = g["z"].to(dtype, copy=True).requires_grad_()
+            c = F.normalize(g["prototypes_raw"].to(dtype), dim=1).requires_grad_()
+            scores = (z @ c.T).view(-1, g["B"], len(c))  # (C, B, P)
+            scores.retain_grad()
+            rows = scores[:2]
+            if case:
+                rows = torch.cat([g[case + "queue_before"][:, :past].to(dtype) @ c.T, rows], dim=1)
+                assert rows.shape[1] == g[case + "sinkhorn_rows"]
+            assignments = torch.stack([hirl_swav.sinkhorn(crop, g["epsilon"], g["sinkhorn_iterations"])[-g["B"]:]
+                                       for crop in rows])
+            loss = hirl_swav.swapped_prediction(scores, assignments, g["T"])
+            loss.backward()
+            found = {"loss": loss, "assign_0": assignments[0], "assign_1": assignments[1], "grad_z": z.grad,
+                     "grad_logits": scores.grad.flatten(0, 1), "grad_prototypes": c.grad}
+            for name, value in found.items():
+                expected = torch.as_tensor(g[case + name], dtype=torch.float64)
+                assert_close(value.detach().double(), expected, **tolerance, msg=lambda m: f"{case}{name}: {m}")
+        if case:
+            model = hirl_swav.SwAV(nn.Linear(2, 2), c.shape[1], len(c), 16)
+            model.queue.copy_(g[case + "queue_before"])
+            model.enqueue(g["z"].view(-1, g["B"], c.shape[1])[:2])
+            assert torch.equal(model.queue, g[case + "queue_after"])
+    for name in "ab":
+        assert_close(hirl_swav.sinkhorn(g[f"sinkhorn_{name}_logits"].double()), g[f"sinkhorn_{name}_assign"], **EXACT)
+
+
+def test_swav_queue_takes_any_number_in_front():
+    """Batches that do not divide it, exactly fill it, twice overflow it, or are empty: the newest stand first."""
+    model = hirl_swav.SwAV(nn.Linear(2, 2), D, P, 7)
+    everything = torch.arange(1.0, 81).view(2, 40, 1).expand(2, 40, D).requires_grad_()
+    start, expected = 0, [[0.0] * 7, [0.0] * 7]
+    for count in (3, 3, 3, 7, 15, 0):
+        new = everything[:, start:start + count]
+        model.enqueue(new)
+        start += count
+        expected = [(rows.detach()[:, 0].tolist() + old)[:7] for rows, old in zip(new, expected)]
+        assert model.queue[:, :, 0].tolist() == expected and not model.queue.requires_grad
+
+
+def test_crops_are_encoded_by_size_and_come_back_in_order():
+    """Four crops of two sizes, with and without local ones: two calls of the trunk, one of the projector."""
+    calls = []
+
+    def backbone(x):
+        calls.append(tuple(x.shape))
+        return x.mean(dim=(2, 3))
+
+    crops = [torch.rand(B, 3, size, size, generator=torch.Generator().manual_seed(size + c))
+             for c, size in enumerate((8, 8, 4, 4, 4))]
+    for used, expected in ((5, [(2 * B, 3, 8, 8), (3 * B, 3, 4, 4), (5 * B, 3)]),
+                           (2, [(2 * B, 3, 8, 8), (2 * B, 3)])):
+        calls.clear()
+        raw = hirl_swav.encode_crops(backbone, lambda x: calls.append(tuple(x.shape)) or 2 * x, crops[:used])
+        assert calls == expected
+        assert_close(raw, torch.stack([2 * crop.mean(dim=(2, 3)) for crop in crops[:used]]))  # (C, b, F)
+    calls.clear()
+    hirl_swav.encode_crops(backbone, lambda x: x, crops[:2] * 2)
+    assert calls == [(4 * B, 3, 8, 8)]  # one size: all together
+
+
+def test_reassignment_golden():
+    """The released iteration-wise assignment: the batch's rows at every level, no other row."""
+    g = golden("hirl_spd")
+    tree = fixture_tree(g, [g["cluster2cluster_0"], g["cluster2cluster_1"]])
+    hirl_swav.reassign(tree, g["index"], g["iter_key"])
+    for level in range(3):
+        assert torch.equal(tree.assign[level], g[f"iter_im2cluster_after_{level}"])
+
+
+def test_reassignment_moves_images_to_the_nearest_leaf_and_its_ancestors():
+    tree = random_tree()
+    before = [assign.clone() for assign in tree.assign]
+    index = torch.tensor([4, 0, 19])
+    z = 3 * tree.prototypes[0][[2, 7, 7]]  # any length
+    hirl_swav.reassign(tree, index, z)
+    rest = torch.ones(N, dtype=torch.bool).index_fill(0, index, False)
+    for level, assign in enumerate(tree.assign):
+        assert [slow_path(leaf, tree.parent)[level] for leaf in (2, 7, 7)] == assign[index].tolist()
+        assert torch.equal(assign[rest], before[level][rest])
+    for level, up in enumerate(tree.parent):
+        assert torch.equal(tree.assign[level + 1], up[tree.assign[level]])
+
+
+def test_larc_by_hand():
+    """|w| = 5 and |g| = 10: the rate is trust * 5 / (10 + 5 beta). Zero weight or gradient: g stays, no decay."""
+    def adapted(w, g, **how):
+        w, w.grad = torch.tensor(w, requires_grad=True), torch.tensor(g)
+        hirl_swav.larc([w], **how)
+        return w.grad.tolist()
+
+    assert_close(adapted([3.0, 4.0], [0.0, 10.0], weight_decay=0.0, trust=0.2), [0.0, 1.0])
+    assert_close(adapted([3.0, 4.0], [0.0, 10.0], weight_decay=2.0, trust=0.2), [0.3, 0.9])  # rate 1/20 of (6, 18)
+    assert_close(adapted([3.0, 4.0], [0.0, 10.0], weight_decay=0.0, trust=0.2, lr=0.5), [0.0, 2.0])
+    assert_close(adapted([3.0, 4.0], [0.0, 10.0], weight_decay=0.0, trust=0.2, lr=0.01), [0.0, 10.0])  # clipped
+    assert adapted([0.0, 0.0], [0.0, 10.0], weight_decay=2.0) == [0.0, 10.0]
+    assert adapted([3.0, 4.0], [0.0, 0.0], weight_decay=2.0) == [0.0, 0.0]
+    frozen = torch.ones(2, requires_grad=True)
+    hirl_swav.larc([frozen], 1.0)
+    assert frozen.grad is None
+
+
+def test_larc_golden():
+    """Momentum SGD wrapped in LARC: three steps of six tensors, one of them without gradient in the second."""
+    g = golden("larc_step")
+    names = [name.removeprefix("init.") for name in g if name.startswith("init.")]
+    for case, decay, clip in (("larc_wdsmall", g["wd_small"], False), ("larc_wdlarge", g["wd_large"], False),
+                              ("larc_clip_wdlarge", g["wd_large"], True)):
+        trust = g["larc_clip_trust_coefficient"] if clip else g["trust_coefficient"]
+        tensors = {name: nn.Parameter(g["init." + name].double()) for name in names}
+        optimizer = torch.optim.SGD(tensors.values(), lr=1.0, momentum=g["momentum"])
+        for step, lr in enumerate(g["lr"].tolist()):
+            optimizer.param_groups[0]["lr"] = lr
+            for name, w in tensors.items():
+                w.grad = g["grads." + name][step].double() if g["has_grad." + name][step] else None
+            hirl_swav.larc(tensors.values(), decay, trust, g["eps"], lr=lr if clip else None)
+            optimizer.step()
+            for name, w in tensors.items():
+                assert_close(w.detach(), g[f"{case}.{name}"][step], **EXACT, msg=lambda m: f"{case} {name} {step}: {m}")
+
+
+def test_learning_rate_warms_up_and_ends_above_zero():
+    """From 1 to 9 over the first fifth, then down to 3: half way down, at 6, in the middle of the rest."""
+    rates = [hirl_swav.learning_rate(done, 9.0, 1.0, 3.0, 0.2) for done in (0.0, 0.1, 0.2, 0.6, 1.0)]
+    assert_close(rates, [1.0, 5.0, 9.0, 6.0, 3.0])
+    assert hirl_swav.learning_rate(0.0, 9.0, 1.0, 3.0, 0.0) == 9.0  # no warm-up
+
+
 # ---- the k-nearest-neighbour classifier
 
 
@@ -1473,6 +1753,8 @@ def test_losses_can_be_lifted():
     check_nt_xent(lifted(hirl_simclr.nt_xent))
     check_csml_loss(lifted(csml.csml_loss))
     check_cutmix_box(lifted(csml.cutmix_box))
+    check_sinkhorn(lifted(hirl_swav.sinkhorn))
+    check_swapped_prediction(lifted(hirl_swav.swapped_prediction))
 
 
 # ---- k-means and hierarchy

@@ -37,6 +37,7 @@ import common
 import csml
 import hirl_moco
 import hirl_simclr
+import hirl_swav
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py") if p.stem.startswith("hirl_") or p.stem in ("hcsc", "csml"))
@@ -50,6 +51,8 @@ OWN = {  # small numbers for the arguments that a script has for itself
     "hcsc": "--clusters 12 4 2 --queue-size 32",
     "hirl_simclr": "--clusters 12 4 2 --negative-paths 20 --temperature 1",  # low ones magnify rounding
     "csml": "--clusters 12 4 2 --queue-size 32 --neighbours 4 --refresh-every 2 --base-lr 0.005",
+    "hirl_swav": "--clusters 12 4 2 --queue-size 32 --queue-epoch 0 --negative-paths 20 --prototypes 24 "
+                 "--freeze-prototypes 3 --local-crops 2 --local-size 8 --lr-warmup 0.2 --epsilon 0.05",
 }
 PLAIN = {"csml": "--neighbours 0 --clusters 0"}  # how a script is told to leave out its hierarchy; else --clusters 0
 TIMINGS = ("images_per_s", "data_wait", "peak_memory_gib")  # what may differ between equal runs
@@ -145,7 +148,7 @@ def log(folder):
 
 def losses(row):
     """The entries of a log row that are losses: everything named in it but what is known not to be one."""
-    other = {"epoch", "knn", "knn_pixels", "feature_std", "lr", "clusters_in_use", "unreadable",
+    other = {"epoch", "knn", "knn_pixels", "feature_std", "lr", "clusters_in_use", "prototypes_in_use", "unreadable",
              "neighbours_same_label", *TIMINGS}
     return {name: value for name, value in row.items() if name not in other}
 
@@ -250,7 +253,9 @@ def test_the_log_has_a_row_an_epoch(whole):
         assert all(0 <= value <= 100 for value in row["knn"])
     if script.startswith("hirl"):
         assert ["path" in row for row in rows[1:]] == [False, True, True]  # after the warm-up
-        assert rows[1]["clusters_in_use"] is None and rows[2]["clusters_in_use"] == [12, 4, 2]
+        assert rows[1]["clusters_in_use"] is None
+        moved = script == "hirl_swav"  # its images change clusters within the epoch, and may leave one empty
+        assert all(0 < used <= k and (used == k or moved) for used, k in zip(rows[2]["clusters_in_use"], (12, 4, 2)))
     assert rows[1]["lr"] > rows[2]["lr"] > rows[3]["lr"] > 0
 
 
@@ -485,6 +490,69 @@ def test_csml_resumes_with_the_table_it_had(pictures, tmp_path):
     assert torch.equal(load(path)["model"]["neighbours"], other)
 
 
+def test_the_swav_loop_reads_as_the_papers_say(tmp_path, pictures):
+    """hirl_swav's first two epochs once more, in the plainest words, as above for hirl_moco.
+
+    Prototypes renormalised before the scores and frozen for three steps, the queue of before the step and only when
+    it is full, the schedule with its warm-up, the batch moved in the tree by its second crop before the path loss.
+    """
+    argv = arguments("hirl_swav", pictures, tmp_path / "run", epochs=2, base_lr=0.3, final_lr=0.02)
+    run(tmp_path, "hirl_swav", argv)
+    args = hirl_swav.parse_args(argv)
+    train, _ = common.load_data(args.data)
+    torch.manual_seed(0)
+    model = hirl_swav.SwAV(hirl_swav.Encoder("tiny", args.stem, args.projector, 128), 128, 24, 32)
+    model.heads = nn.ModuleList(hirl_swav.level_head(128) for _ in range(3))
+    model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), 1.0, momentum=0.9, weight_decay=args.weight_decay)
+    view = hirl_swav.AUGMENTATIONS["cifar"]._replace(size=16)
+    small = view._replace(size=8, scale=hirl_swav.LOCAL_SCALE["cifar"])
+    past = []  # z of both global crops, a step each
+    for epoch in (0, 1):
+        sums = {"swav": 0.0, "path": 0.0}
+        if epoch == 1:
+            x = F.normalize(common.extract_features(model.encoder, train, 16), dim=1)
+            tree = common.hierarchical_kmeans(x, [12, 4, 2], temperature=0.1, seed=1)
+        for step, index, crops in common.batches(train, 16, [view, view, small, small], seed=0, epoch=epoch):
+            done = (6 * epoch + step) / 12
+            rate = done / 0.2 * 0.3 if done < 0.2 else 0.02 + 0.14 * (1 + np.cos(np.pi * (done - 0.2) / 0.8))
+            optimizer.param_groups[0]["lr"] = rate * 16 / 256
+            trunk = model.encoder.backbone
+            raw = model.encoder.projector(torch.cat([trunk(torch.cat(crops[:2])), trunk(torch.cat(crops[2:]))]))
+            z = F.normalize(raw, dim=1).split(16)
+            model.swav_prototypes.data = F.normalize(model.swav_prototypes.data, dim=1)
+            c, assigned = model.swav_prototypes, []
+            for crop in (0, 1):
+                before = [zs[crop] for zs in past[-2:]] if len(past) >= 2 else []
+                assigned.append(hirl_swav.sinkhorn(torch.cat([z[crop], *before]).detach() @ c.detach().T,
+                                                   args.epsilon)[:16])
+            pairs = [(i, v) for i in (0, 1) for v in range(4) if v != i]
+            terms = {"swav": sum(F.cross_entropy(z[v] @ c.T / 0.1, assigned[i]) for i, v in pairs) / 6}
+            if epoch == 1:
+                leaf = (z[1] @ tree.prototypes[0].T).argmax(1)
+                for level, node in enumerate((leaf, tree.parent[0][leaf], tree.parent[1][tree.parent[0][leaf]])):
+                    tree.assign[level][index] = node
+                heads = torch.stack([F.normalize(head(raw[:16]), dim=1) for head in model.heads], 1)
+                leaves = torch.randint(12, (16, 20), generator=common.random_state(0, epoch, step, "negative paths"))
+                terms["path"] = common.semantic_path_loss(heads, tree, index, leaves)
+            optimizer.zero_grad()
+            sum(terms.values()).backward()
+            if 6 * epoch + step < 3:
+                model.swav_prototypes.grad = None
+            optimizer.step()
+            past.append([z[0].detach(), z[1].detach()])
+            for name, value in terms.items():
+                sums[name] += value.item() / STEPS
+        row = log(tmp_path / "run")[epoch + 1]
+        assert row["lr"] == pytest.approx(rate * 16 / 256)
+        for name in losses(row):
+            assert_close(row[name], sums[name], rtol=1e-4, atol=0)
+    state = load(tmp_path / "run/checkpoint.pt")
+    assert same(state["hierarchy"][1], tree.assign)  # the table as it was moved
+    assert_close(state["model"]["queue"], torch.stack([torch.cat([past[-1][i], past[-2][i]]) for i in (0, 1)]),
+                 rtol=1e-3, atol=1e-4)
+
+
 # ---- stopped and resumed
 
 
@@ -643,6 +711,29 @@ def in_ranks(function, folder, size=2):
         process.join(60)
         assert process.exitcode == 0
     return [load(f"{folder}/{r}.pt") for r in range(size)]
+
+
+def test_two_processes_move_the_same_images_in_the_tree(pictures, tmp_path):
+    """hirl_swav's re-assignment: rank 0's table holds what both ranks saw, and it is no longer that of k-means."""
+    how = dict(epochs=1, warmup_epochs=0, optimizer="larc")
+    run(tmp_path, "hirl_swav", arguments("hirl_swav", pictures, "one", **how))
+    two_ranks(tmp_path, "hirl_swav", arguments("hirl_swav", pictures, "two", **how))
+    run(tmp_path, "hirl_swav", arguments("hirl_swav", pictures, "still", **how) + ["--no-reassign"])
+    one, two, still = (load(tmp_path / name / "checkpoint.pt")["hierarchy"][1] for name in ("one", "two", "still"))
+    for level in range(3):
+        assert torch.equal(one[level], two[level])
+    assert (one[0] != still[0]).double().mean() > 0.2
+    assert log(tmp_path / "still")[-1]["clusters_in_use"] == [12, 4, 2]
+
+
+def sinkhorn_of_my_rows():
+    scores = torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return hirl_swav.sinkhorn(scores[common.local_rows(7)], 0.3)
+
+
+def test_sinkhorn_of_three_processes_is_that_of_one(tmp_path):
+    """Two, two and three rows."""
+    assert_close(torch.cat(in_ranks(sinkhorn_of_my_rows, tmp_path, size=3)), sinkhorn_of_my_rows())
 
 
 def use_collectives():

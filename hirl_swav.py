@@ -1,0 +1,427 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.4", "torchvision>=0.19", "numpy", "tqdm"]
+# ///
+"""HIRL on SwAV: hierarchical image representation learning (HIRL 2205.13159, SwAV 2006.09882).
+
+    1  two global crops and V small local ones, z = normalise(encoder(crop))              encode_crops
+    2  SwAV: the scores z.c of a global crop against P learnt prototypes c become assignments
+       that use all prototypes equally                                                        sinkhorn
+    3  every other crop predicts that assignment                                    swapped_prediction
+    4  once an epoch, after a warm-up: features of all images -> k-means -> k-means of its
+       centres -> ..., a tree whose level 0 is the finest                          hierarchical_kmeans
+    5  each step the batch's images move to the leaf nearest to their second global crop      reassign
+    6  one small head a level turns the first global crop's raw projection into z^l
+    7  HIRL: the image scores high on its own path of the tree, S = prod_l (1 + z^l.c^l)/2, and low
+       on random other paths                                                        semantic_path_loss
+    8  step on SwAV + HIRL; queue both global crops' z
+
+CPU demo, under 3 minutes   python hirl_swav.py
+the same without hierarchy  python hirl_swav.py --clusters 0
+one GPU                     python hirl_swav.py --data cifar100 --amp --compile
+paper scale, 8 GPUs         torchrun --nproc-per-node=8 hirl_swav.py --data /imagenet --amp
+
+Symbols  C = 2 + V crops     b of the B images on this process     z embeddings (C, b, D), unit rows
+         swav_prototypes c (P, D), learnt; prototypes[l] (K_l, D) of the tree are k-means centres, as
+         assign and parent in hirl_moco.py     scores (C, b, P)     assignments (2, b, P), rows sum to 1
+         queue (2, Q, D), past z of the global crops     in the log, prototypes_in_use: how many of the P
+         were the nearest of a global crop within the last epoch's worth of steps
+
+Changes relative to hirl_moco.py
+  model         one encoder, whose own features are clustered, and prototypes; no momentum encoder
+  views         two global crops and V small ones
+  base loss     swapped prediction instead of InfoNCE; the queue's past embeddings only balance the assignments
+  path loss     the batch's rows of hierarchy.assign follow the network at every step (--reassign)
+  optimizer     LARC at paper scale; the learning rate warms up, and need not end at 0
+
+Differs from paper or released code
+  re-assignment by the train-mode z of the second crop that the loss has computed anyway; HIRL's release encodes
+                that crop once more, also in train mode: one more forward pass and batch-norm update a step
+  multi-crop    crops of one size go through the trunk together, all through the projector together, as in
+                SwAV; HIRL's release encodes one after the other: other batch-norm statistics
+  crops' mean   the loss averages over crops, as both releases do; SwAV's Eq. 6 sums, which scales the lr
+  queue         fills from --queue-epoch on, as in SwAV; HIRL's release uses it as soon as it is full
+  sinkhorn      in logarithms: same numbers, but no prototype's mass can underflow to 0 / 0
+  warm-up       of the lr, a share of the run (--lr-warmup) in place of 10 epochs: it shrinks with --epochs
+  small data    presets below ImageNet train by SGD without LARC. At 32 px epsilon is 0.02: at few steps and small
+                batches softer assignments hardly tell images apart (textures, 8 epochs, two local crops, kNN:
+                66 / 40 / 32 % with 0.05 and a queue of 256, 93 / 58 / 49 % with 0.02 and no queue)
+  path loss, phi, lr per step: as in hirl_moco.py
+"""
+
+# ---- [shared] imports
+import copy
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import common
+
+# ---- [method] presets: one column a data scale, chosen by --data, printed at start
+PRESETS = {
+    "textures": dict(arch="tiny", stem="3x3s2", projector="mlp-bn", image_size=32, epochs=16, batch_size=64,
+                     base_lr=0.6, start_lr=0.0, final_lr=0.0, weight_decay=5e-4, optimizer="sgd", prototypes=300,
+                     epsilon=0.02, freeze_prototypes=20, local_crops=0, local_size=16, queue_size=0, queue_epoch=0,
+                     clusters=[108, 27, 9], warmup_epochs=8, negative_paths=100),
+    "cifar": dict(arch="resnet18", stem="3x3", projector="mlp-bn", image_size=32, epochs=200, batch_size=512,
+                  base_lr=0.06, start_lr=0.0, final_lr=0.0, weight_decay=5e-4, optimizer="sgd", prototypes=1000,
+                  epsilon=0.02, freeze_prototypes=100, local_crops=4, local_size=16, queue_size=0, queue_epoch=0,
+                  clusters=[1000, 200, 40], warmup_epochs=20, negative_paths=500),
+    "photos": dict(arch="resnet18", stem="7x7", projector="mlp-bn", image_size=96, epochs=200, batch_size=256,
+                   base_lr=0.06, start_lr=0.0, final_lr=0.0, weight_decay=5e-4, optimizer="sgd", prototypes=1000,
+                   epsilon=0.05, freeze_prototypes=400, local_crops=4, local_size=48, queue_size=2048, queue_epoch=10,
+                   clusters=[1000, 200, 40], warmup_epochs=20, negative_paths=500),
+    "imagenet": dict(arch="resnet50", stem="7x7", projector="mlp-bn", image_size=224, epochs=200, batch_size=4096,
+                     base_lr=0.3, start_lr=0.01875, final_lr=0.0003, weight_decay=1e-6, optimizer="larc",
+                     prototypes=3000, epsilon=0.05, freeze_prototypes=313, local_crops=6, local_size=96, queue_size=0,
+                     queue_epoch=15, clusters=[30000, 10000, 1000], warmup_epochs=20, negative_paths=1000),
+}
+
+# ---- [method] augmentation: SwAV's, milder at 32 px; of the global crops and of the local ones
+AUGMENTATIONS = {
+    "textures": common.Augmentation(scale=(0.4, 1.0), gray_p=0.5, shuffle_p=0.5),
+    "cifar": common.Augmentation(scale=(0.2, 1.0), gray_p=0.2),
+    "photos": common.Augmentation(scale=(0.2, 1.0), gray_p=0.2, blur_p=0.5),
+    "imagenet": common.Augmentation(scale=(0.14, 1.0), jitter=(0.8, 0.8, 0.8, 0.2), gray_p=0.2, blur_p=0.5),
+}
+LOCAL_SCALE = {"textures": (0.15, 0.4), "cifar": (0.08, 0.2), "photos": (0.05, 0.2), "imagenet": (0.05, 0.14)}
+
+
+# ---- [shared] arguments
+def shared_arguments():
+    p = common.Parser(description=__doc__, epilog=common.preset_table(PRESETS), allow_abbrev=False,
+                      formatter_class=common.HelpFormatter)
+    add = p.add_argument
+    add("--data", default="textures", help="textures, cifar10, cifar100, stl10 or a folder of pictures")
+    add("--data-root", default="data", help="where torchvision's sets are kept")
+    add("--preset", default="auto", choices=["auto", *PRESETS], help="the defaults marked 'preset'")
+    add("--out", help="run folder (default: runs/<script>-<data>-<seed>)")
+    add("--resume", action="store_true", help="continue the run in --out where it stopped")
+    add("--arch", help="tiny, or a torchvision model that ends in fc, as resnet50 (preset)")
+    add("--stem", choices=list(common.STEMS), help="first layer: 3x3 without max-pool, or torchvision's (preset)")
+    add("--projector", choices=["mlp", "mlp-bn"], help="two linear layers, or with batch norm between (preset)")
+    add("--image-size", type=common.positive(int), help="side of the views, pixels (preset)")
+    add("--dim", type=common.positive(int), default=128, help="width D of the embedding")
+    add("--epochs", type=common.positive(int), help="passes over the data (preset)")
+    add("--batch-size", type=common.positive(int), help="images a step, over all processes (preset)")
+    add("--base-lr", type=common.positive(float), help="lr = base-lr * batch-size / 256, cosine to 0 (preset)")
+    add("--weight-decay", type=common.positive(float, zero=True), help="on every parameter (preset)")
+    add("--clusters", type=int, nargs="+", metavar="K", help="clusters a level, finest first; 0: none (preset)")
+    add("--warmup-epochs", type=common.positive(int, zero=True), help="epochs before the hierarchy (preset)")
+    add("--seed", type=int, default=0, help="of everything random")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+    add("--workers", type=common.positive(int, zero=True), default=4,
+        help="processes that decode pictures too large or too many to keep in memory")
+    add("--amp", action="store_true", help="bfloat16 autocast in the networks; losses stay float32")
+    add("--compile", action="store_true", help="torch.compile the encoders")
+    add("--eval-every", type=common.positive(int), default=1, help="epochs between kNN evaluations")
+    add("--tensorboard", action="store_true", help="also write the log for tensorboard, if it is installed")
+    return p
+
+
+# ---- [method] arguments
+def parse_args(argv=None):
+    p = shared_arguments()
+    add = p.add_argument
+    add("--temperature", type=common.positive(float), default=0.1, help="of the predictions (SwAV)")
+    add("--epsilon", type=common.positive(float), help="of Sinkhorn, larger: softer assignments (SwAV: 0.05; preset)")
+    add("--sinkhorn-iterations", type=common.positive(int), default=3, help="of Sinkhorn (SwAV)")
+    add("--prototypes", type=common.positive(int), help="learnt prototypes P (SwAV; preset)")
+    add("--freeze-prototypes", type=common.positive(int, zero=True), help="first steps that leave them (SwAV; preset)")
+    add("--local-crops", type=common.positive(int, zero=True), help="small crops V beside two global ones (preset)")
+    add("--local-size", type=common.positive(int), help="side of the small crops, pixels (preset)")
+    add("--queue-size", type=common.positive(int, zero=True),
+        help="past images Q that take part in Sinkhorn, 0: none (SwAV; preset)")
+    add("--queue-epoch", type=common.positive(int, zero=True), help="epochs before the queue fills (SwAV; preset)")
+    add("--optimizer", choices=["larc", "sgd"], help="SGD, or with LARC's rate a tensor (preset)")
+    add("--start-lr", type=common.positive(float, zero=True), help="lr at the start, scaled as --base-lr (preset)")
+    add("--final-lr", type=common.positive(float, zero=True), help="lr at the end, scaled as --base-lr (preset)")
+    add("--lr-warmup", type=common.positive(float, zero=True, most=1), default=0.05,
+        help="share of the run in which lr rises to its peak (SwAV: 10 epochs)")
+    add("--negative-paths", type=common.positive(int), help="M random paths an image (HIRL; preset)")
+    add("--path-weight", type=common.positive(float), default=1.0, help="of the path loss (HIRL: 1)")
+    add("--reassign", action=common.argparse.BooleanOptionalAction, default=True,
+        help="move a step's images to their nearest leaf (HIRL's SwAV)")
+    return common.resolve_arguments(p, PRESETS, argv)
+
+
+# ---- [shared] encoder
+class Encoder(nn.Module):
+    """Backbone and MLP projector: (B, 3, H, W) -> (B, D), raw: not yet on the unit sphere."""
+
+    def __init__(self, arch, stem, projector, dim):
+        super().__init__()
+        self.backbone, width = common.backbone(arch, stem)
+        norm = [nn.BatchNorm1d(width)] if projector == "mlp-bn" else []
+        self.projector = nn.Sequential(nn.Linear(width, width), *norm, nn.ReLU(inplace=True),
+                                       nn.Linear(width, dim))
+
+    def forward(self, x):
+        return self.projector(self.backbone(x))
+
+
+# ---- [shared: hirl] heads
+def level_head(dim):
+    """HIRL's head of one level, (B, D) -> (B, D); it reads the raw projection."""
+    return nn.Sequential(nn.Linear(dim, dim, bias=False), nn.BatchNorm1d(dim), nn.ReLU(inplace=True),
+                         nn.Linear(dim, dim))
+
+
+# ---- [method] prototypes and queue
+class SwAV(nn.Module):
+    """Encoder, learnt prototypes, and a queue of past embeddings of each of the two global crops."""
+
+    def __init__(self, encoder, dim, prototypes, queue_size):
+        super().__init__()
+        self.encoder = encoder
+        self.swav_prototypes = nn.Parameter(F.normalize(torch.randn(prototypes, dim), dim=1))  # (P, D)
+        self.register_buffer("queue", torch.zeros(2, queue_size, dim))  # newest first
+        self.register_buffer("chosen", torch.full((prototypes,), -2**40))  # the step that last chose a prototype
+
+    @torch.no_grad()
+    def enqueue(self, z):
+        """Put z (2, B, D) in front; the oldest fall off the end."""
+        self.queue.copy_(torch.cat([z, self.queue], dim=1)[:, :self.queue.shape[1]])
+
+
+def encode_crops(backbone, projector, crops):
+    """Crops [(b, 3, S, S)], those of a size side by side -> raw projections (C, b, D).
+
+    Neighbours of one size go through the trunk together and all through the projector together, so that batch
+    norm there sees every crop, as in SwAV. DEVIATION (HIRL's released code): one forward pass a crop.
+    """
+    first = [c for c in range(len(crops)) if c == 0 or crops[c].shape != crops[c - 1].shape]
+    features = [backbone(torch.cat(crops[a:b])) for a, b in zip(first, first[1:] + [len(crops)])]
+    return projector(torch.cat(features)).unflatten(0, (len(crops), -1))
+
+
+# ---- [method] loss
+def sinkhorn(scores, epsilon=0.05, iterations=3):
+    """Assignments of images to prototypes that use every prototype about equally.
+
+    A ~ exp(scores / epsilon), a matrix that is scaled in turn: prototypes (columns) to equal sums, images
+    (rows) to sum 1; the images come last, so that their sums are exact. SwAV (2006.09882) Eq. 5, transposed.
+
+    scores (b, P) cosines of this process's images; under torch.distributed the sums are over all processes'.
+    Returns (b, P), rows sum to 1; float32 from half precision, else of the dtype of the scores. In logarithms:
+    a mass too small for exp() is still a finite number.
+    """
+    log_a = (scores.float() if scores.dtype in (torch.bfloat16, torch.float16) else scores) / epsilon  # (b, P)
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    for _ in range(iterations):
+        mass = log_a.logsumexp(dim=0)  # (P,) of this process's images
+        if several:
+            masses = [torch.empty_like(mass) for _ in range(torch.distributed.get_world_size())]
+            torch.distributed.all_gather(masses, mass)
+            mass = torch.stack(masses).logsumexp(dim=0)
+        log_a = log_a - mass  # prototypes, SwAV Eq. 5
+        log_a = log_a - log_a.logsumexp(dim=1, keepdim=True)  # images, SwAV Eq. 5
+    return log_a.exp()
+
+
+def swapped_prediction(scores, assignments, temperature):
+    """Every crop predicts the assignments of the other crops, of the global ones alone:
+
+    1/2 sum_i 1/(C-1) sum_{v != i} mean_b [ - sum_p A_i[b,p] log softmax_p(scores_v[b] / T) ],  i = 0, 1.
+
+    scores (C, b, P) cosines to the prototypes of C = 2 + V crops, the global ones first; assignments A
+    (2, b, P), rows sum to 1, no gradient. Returns a scalar; predictions that tell nothing apart score ln P.
+    Source: SwAV (2006.09882) Eq. 2 and 6, averaged over crops as in the released code.
+    """
+    log_p = F.log_softmax(scores / temperature, dim=2)  # (C, b, P)
+    loss = 0.0
+    for i, assignment in enumerate(assignments.detach()):
+        others = [v for v in range(len(scores)) if v != i]
+        loss = loss - (assignment * log_p[others]).sum(dim=2).mean() / 2  # SwAV Eq. 6
+    return loss
+
+
+# ---- [method] the tree's table
+@torch.no_grad()
+def reassign(hierarchy, index, z):
+    """Move images `index` (B,) in hierarchy.assign to the leaf nearest to their z (B, D), and to its ancestors.
+
+    Source: HIRL's released code for SwAV (iteration-wise assignment). z of any length.
+    """
+    node = (z @ hierarchy.prototypes[0].T).argmax(dim=1)  # (B,)
+    for level, assign in enumerate(hierarchy.assign):
+        if level > 0:
+            node = hierarchy.parent[level - 1][node]  # same path, one level up
+        assign[index] = node
+
+
+# ---- [method] LARC and learning rate
+@torch.no_grad()
+def larc(parameters, weight_decay, trust=0.001, eps=1e-8, lr=None):
+    """Rescale gradients in place, so that SGD without decay moves each tensor w by about lr * trust of its norm.
+
+    g <- trust |w| / (|g| + beta |w| + eps) (g + beta w), beta the weight decay; where w or g is all zero, g
+    stays, without decay. With lr: LARC's clipping mode, the factor divided by lr and at most 1. Biases and
+    batch norm are tensors like others (SwAV). Source: LARC (1708.03888), constants as in SwAV.
+    """
+    for w in parameters:
+        if w.grad is not None:
+            w_norm, g_norm = w.norm(), w.grad.norm()
+            rate = trust * w_norm / (g_norm + weight_decay * w_norm + eps)
+            rate = rate if lr is None else (rate / lr).clamp(max=1)
+            adapted = rate * (w.grad + weight_decay * w)
+            w.grad = torch.where((w_norm > 0) & (g_norm > 0), adapted, w.grad)
+
+
+def learning_rate(done, peak, start, final, warmup):
+    """At the share `done` of the run: a line from start to peak over the first `warmup`, a cosine to final."""
+    if done < warmup:
+        return start + (peak - start) * done / warmup
+    return final + 0.5 * (peak - final) * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
+
+
+def main(args):
+    # ---- [shared] data
+    device = common.set_up(args)
+    run = common.Run(args)
+    train, test = common.load_data(args.data, args.data_root, device)
+    batch_size = common.fit_batch(args, len(train))
+    clusters = common.fit_clusters(args, len(train))
+    steps_per_epoch = len(train) // batch_size
+    peak_lr = args.base_lr * batch_size / 256
+    augmentation = AUGMENTATIONS[args.preset]._replace(size=args.image_size)
+    loader = dict(device=device, workers=args.workers)
+
+    # ---- [method] model
+    queue_size = common.at_most("queue_size", args.queue_size, len(train), args)
+    model = SwAV(Encoder(args.arch, args.stem, args.projector, args.dim), args.dim, args.prototypes, queue_size)
+    model.heads = nn.ModuleList(level_head(args.dim) for _ in clusters)  # last: the rest starts as without them
+    common.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
+    model.to(device, memory_format=torch.channels_last)
+    backbone, projector = (torch.compile(part, dynamic=False) if args.compile else part
+                           for part in (model.encoder.backbone, model.encoder.projector))
+    chance = {"swav": math.log(args.prototypes)}
+    exported = clustered = model.encoder  # the one people take is the one that is clustered
+    local = augmentation._replace(size=args.local_size, scale=LOCAL_SCALE[args.preset])
+    views = [augmentation] * 2 + [local] * args.local_crops  # of each image
+
+    # ---- [method] optimizer
+    use_larc = args.optimizer == "larc"
+    optimizer = torch.optim.SGD(model.parameters(), peak_lr, momentum=0.9,
+                                weight_decay=0 if use_larc else args.weight_decay)
+    if use_larc:  # before each step of SGD
+        optimizer.register_step_pre_hook(lambda *_: larc(model.parameters(), args.weight_decay))
+
+    # ---- [shared] resume
+    run.start(args, dict(pictures=len(train), fingerprint=train.fingerprint(), clusters=clusters,
+                         batch_size=batch_size, peak_lr=peak_lr, steps_per_epoch=steps_per_epoch,
+                         processes=common.world()[1], device=str(device),
+                         chance_level_loss={name: round(loss, 4) for name, loss in chance.items()}))
+    hierarchy, meter, start_epoch, start_step = None, common.Meter(), 0, 0
+    if state := run.load(device, model=model, optimizer=optimizer):
+        start_epoch, start_step = state["epoch"], state["step"]
+        hierarchy = state["hierarchy"] and common.Hierarchy(*state["hierarchy"])
+        meter = common.Meter(state["meter"])
+
+    def save(epoch, step):
+        run.save(model=model.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch, step=step,
+                 hierarchy=hierarchy and tuple(hierarchy), meter=meter.state())
+
+    def features(network, images):  # (n, F) of this rank's rows, in evaluation mode
+        return common.extract_features(network, images, args.image_size, amp=args.amp, **loader)
+
+    def knn():  # percent a label level
+        return common.knn_accuracy(train, test, lambda images: features(exported.backbone, images))
+
+    def grow_tree(x, seed):  # this rank's features (n, D), unit rows -> the Hierarchy of all N images
+        hierarchy = common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=seed)
+        return hierarchy._replace(assign=[common.all_gather_rows(assign) for assign in hierarchy.assign])
+
+    # ---- [shared] epochs
+    if not run.rows(before=start_epoch + 1):
+        run.write(dict(epoch=0, knn=knn(), knn_pixels=common.knn_of_pixels(train, test, args.image_size, device)))
+    for epoch in range(start_epoch, args.epochs):
+
+        # ---- [shared: tree] tree of the epoch
+        if clusters and epoch >= args.warmup_epochs and start_step == 0:
+            hierarchy = grow_tree(F.normalize(features(clustered, train), dim=1), seed=args.seed + epoch)
+
+        # ---- [shared] batches
+        batches = common.batches(train, batch_size, views, seed=args.seed, epoch=epoch, start=start_step, **loader)
+        batches = meter.timed(common.progress(batches, steps_per_epoch - start_step, epoch))
+        for step, index, crops in batches:
+            done = (epoch + step / steps_per_epoch) / args.epochs
+            place = (args.seed, epoch, step)
+
+            # ---- [method] learning rate
+            scale = batch_size / 256
+            lr = learning_rate(done, peak_lr, args.start_lr * scale, args.final_lr * scale, args.lr_warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+            # ---- [method] embeddings of all crops
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                raws = encode_crops(backbone, projector, crops).float()  # (C, b, D)
+            raw, z = raws[0], F.normalize(raws, dim=2)
+            z_global = common.all_gather_rows(z[:2].detach().transpose(0, 1))  # (B, 2, D)
+
+            # ---- [method] base loss
+            now = epoch * steps_per_epoch + step
+            with torch.no_grad():
+                model.swav_prototypes.copy_(F.normalize(model.swav_prototypes, dim=1))
+            prototypes = model.swav_prototypes if now >= args.freeze_prototypes else model.swav_prototypes.detach()
+            scores = z @ prototypes.T  # (C, b, P)
+            with torch.no_grad():  # no gradient to assignments
+                full = (now - args.queue_epoch * steps_per_epoch) * batch_size >= queue_size
+                past = model.queue[:, common.local_rows(queue_size if full else 0)]  # (2, q, D), our share
+                rows = torch.cat([past @ prototypes.T, scores[:2]], dim=1)  # (2, q + b, P)
+                assignments = torch.stack([sinkhorn(crop, args.epsilon, args.sinkhorn_iterations)[-len(index):]
+                                           for crop in rows])  # (2, b, P)
+                model.chosen[(z_global @ prototypes.T).argmax(dim=2)] = now
+            losses = {"swav": swapped_prediction(scores, assignments, args.temperature)}
+            watched = {"feature_std": common.feature_std(z[0]),
+                       "prototypes_in_use": (model.chosen > now - steps_per_epoch).sum().float()}  # for an epoch now
+
+            # ---- [method] re-assignment
+            if hierarchy and args.reassign:
+                reassign(hierarchy, common.all_gather_rows(index), z_global[:, 1])
+                # DEVIATION (HIRL's released code): one more forward pass in train mode for the second crop's z
+
+            # ---- [shared: hirl] path loss
+            if hierarchy:
+                z = F.normalize(torch.stack([head(raw) for head in model.heads], dim=1), dim=2)  # (B, L, D)
+                leaves = torch.randint(len(hierarchy.prototypes[0]), (batch_size, args.negative_paths),
+                                       generator=common.random_state(*place, "negative paths"))
+                leaves = leaves[common.local_rows(batch_size)].to(device)  # (B, M)
+                losses["path"] = args.path_weight * common.semantic_path_loss(z, hierarchy, index, leaves)
+
+            # ---- [shared] step
+            optimizer.zero_grad(set_to_none=True)
+            sum(losses.values()).backward()
+            common.average_gradients(model.parameters())
+            optimizer.step()
+
+            # ---- [method] queue
+            if epoch >= args.queue_epoch:
+                model.enqueue(z_global.transpose(0, 1))
+
+            # ---- [shared] log
+            meter.add(step, {**losses, **watched})
+            run.stop_if_asked(lambda: save(epoch, step + 1))
+        last = epoch + 1 == args.epochs
+        run.write(dict(epoch=epoch + 1, **meter.means(), lr=optimizer.param_groups[0]["lr"],
+                       **meter.speed(batch_size),
+                       knn=knn() if last or (epoch + 1) % args.eval_every == 0 else None,
+                       clusters_in_use=hierarchy and common.clusters_in_use(hierarchy),
+                       unreadable=len(train.unreadable)))
+        meter, start_step = common.Meter(), 0
+        save(epoch + 1, 0)
+
+    # ---- [shared] what remains
+    run.save_backbone(exported.backbone)
+    if clusters:
+        x = F.normalize(features(clustered, train), dim=1)
+        common.write_tree(run.folder, train, x, grow_tree(x, seed=args.seed))
+    common.verdict(run, train)
+
+
+# ---- [shared] entry
+if __name__ == "__main__":
+    common.launch(main, parse_args)
