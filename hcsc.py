@@ -42,7 +42,7 @@ What the release does differently (--release does all of it), and when it matter
 
 Differs from paper or released code in either case
   prototype     an image's own is the epoch's k-means assignment of its key feature and the ancestors of that
-                (release); the paper's text takes the most similar one at each level
+                (release); another reading of the paper takes the most similar one at each level
   phi           floored at 1e-3 in the selection of instances (release)
   draws         from (seed, epoch, step), for the whole batch: resumed and distributed runs repeat them
   failures      a selection that fails stops the run; the release falls back to no selection silently
