@@ -772,50 +772,43 @@ class Hierarchy(NamedTuple):
 
 
 class Rows:
-    """The (N, D) rows to cluster: a tensor or numpy memmap of any float type, read as float32 (or
-    `dtype`) blocks on `device`.
+    """(N, D) rows: a tensor, numpy array or memory map of any float type, read as `dtype` on `device`, in blocks.
 
-    With sharded=True and a process group each rank holds a share, of any size. Rows are known by
-    their global number and draws are made for all of them, so that every sharding gives the same
-    clusters.
+    With sharded=True each process of a group holds a share, of any size. Rows are known by their global
+    number and draws are made for all of them, so that every sharding gives the same clusters.
     """
 
     def __init__(self, x, device=None, sharded=True, dtype=torch.float32):
         if x.ndim != 2:
             raise ValueError(f"rows must be of shape (N, D), not {tuple(x.shape)}")
-        self.x, self.dtype = x, dtype
-        self.device = torch.device(device or (x.device if torch.is_tensor(x) else "cpu"))
-        self.reduce = all_reduce_sum if sharded else lambda tensor: tensor
-        self.gather = all_gather_rows if sharded else lambda tensor: tensor
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of read-only memory maps; nothing is written here
+            self.x, self.dtype = torch.as_tensor(x), dtype
+        self.device = torch.device(device or self.x.device)
+        self.reduce, self.gather = (all_reduce_sum, all_gather_rows) if sharded else (lambda tensor: tensor,) * 2
         sizes = self.gather(torch.tensor([len(x)], device=self.device)).tolist()
         self.first, self.total = sum(sizes[: world()[0] if sharded else 0]), sum(sizes)
 
     def read(self, index):
         """Local rows; index: slice or int64 ids. A view if x is of that dtype on the device already."""
-        if torch.is_tensor(self.x):
-            rows = self.x[index if isinstance(index, slice) else index.to(self.x.device)]
-        else:
-            rows = torch.tensor(self.x[index if isinstance(index, slice) else index.cpu().numpy()])
-        return rows.to(self.device, self.dtype)
+        return self.x[index if isinstance(index, slice) else index.to(self.x.device)].to(self.device, self.dtype)
 
     def blocks(self):
         """Yield (slice, local rows), 128 MiB at a time."""
         step = max(1, 2**25 // self.x.shape[1])
         for start in range(0, len(self.x), step):
-            part = slice(start, min(start + step, len(self.x)))
+            part = slice(start, start + step)
             yield part, self.read(part)
 
-    def mean(self):
-        """(D,) over all ranks; ValueError if any row holds NaN or infinity."""
-        mean = torch.zeros(self.x.shape[1], device=self.device)
+    def mean(self, task):
+        """(D,) over all ranks. ValueError, with the name of the task, if a row holds NaN or infinity."""
+        mean, bad = torch.zeros(self.x.shape[1], device=self.device), torch.zeros(1, device=self.device)
         for _, block in self.blocks():
             mean += block.sum(0) / self.total
-        if not self.reduce(mean).isfinite().all():
-            bad = torch.zeros(1, device=self.device)
-            for _, block in self.blocks():
-                bad += (~block.isfinite().all(1)).sum()
-            raise ValueError(f"k-means: {int(self.reduce(bad))} of {self.total} rows hold NaN or infinity")
-        return mean
+            bad += (~block.sum(1).isfinite()).sum()
+        if self.reduce(bad) > 0:
+            raise ValueError(f"{task}: {int(bad)} of {self.total} rows hold NaN or infinity")
+        return self.reduce(mean)
 
     def owned(self, ids):
         """Which of the global ids (M,) are rows of this rank."""
@@ -844,20 +837,17 @@ class Rows:
 
 
 def near_centroids(rows, centroids, top=1, half=False):
-    """(n, D) rows, (K, D) -> (n, top) ids: the nearest centroid, then the winners of the next best
-    blocks of ids.
+    """(n, D) rows, (K, D) -> (n, top) ids: the nearest centroid, then the winners of the next best blocks of ids.
 
-    The nearest has the highest score (x-m).(c-m) - |c-m|^2/2, m the mean centroid: one addmm for a
-    chunk of rows. half=True: float16 scores, which need that centring (collapsed features lose 5 %
-    of their labels without).
+    The nearest has the highest score (x-m).(c-m) - |c-m|^2/2, m the mean centroid: one addmm a chunk of rows.
+    half=True: float16 scores, which need that centring (collapsed features lose 5 % of their labels without).
     """
     k, d = centroids.shape
-    # argmax over K scores costs half as much as the product itself (CPU). So: maximum over strips of columns,
-    # argmax over the few blocks left, argmax inside. Block j = ids j*strips ... (j+1)*strips-1 = column j, so
-    # ties go to the lowest. Strips: a power of two up to about sqrt(2 k) that pads the product by 7 % at most.
-    strips = next(s for s in (128, 64, 32, 16, 8, 4, 2, 1) if s == 1 or k >= 256 and s * s <= 2 * k
-                  and -(-k // (8 * s)) * 8 * s <= 1.07 * k)
-    width = -(-k // (8 * strips)) * 8  # a multiple of 8 keeps rows aligned
+    # argmax over K scores costs half as much as the product itself (CPU). So: maximum over strips of columns, argmax
+    # over the blocks left, argmax inside. Block j: ids j*strips ... (j+1)*strips-1, column j of every strip, so ties
+    # go to the lowest. Strips of 32, 64, ... columns: other widths are several times slower.
+    width = -(-k // 8) * 8 if k < 256 else 32 * math.ceil(k**0.5 / 32)
+    strips = -(-k // width)
     mean = centroids.mean(0)
     c = F.pad(centroids - mean, (0, 0, 0, strips * width - k))  # (S*W, D)
     bias = -0.5 * c.square().sum(1)
@@ -870,9 +860,11 @@ def near_centroids(rows, centroids, top=1, half=False):
     c = c.view(width, strips, d).transpose(0, 1).reshape(-1, d).T  # (D, S*W)
     bias = bias.view(width, strips).T.reshape(-1)
     top, found = min(top, -(-k // strips)), []
-    for y in rows.split(max(256, (2**27 if rows.is_cuda else 2**19) // len(bias))):
+    step = max(1024, (2**27 if rows.is_cuda else 2**19) // len(bias))
+    scores = c.new_empty(min(step, len(rows)), len(bias))  # the memory of every chunk
+    for y in rows.split(step):
         y = ((y - mean) * scale).half() if half else y
-        score = torch.addmm(bias, y, c).view(-1, strips, width)  # (n, S, W)
+        score = torch.addmm(bias, y, c, out=scores[:len(y)]).view(-1, strips, width)  # (n, S, W)
         best = score.amax(1) if strips > 1 else score[:, 0]  # (n, W)
         block = best.topk(top).indices if top > 1 else best.max(1, keepdim=True).indices  # (n, top)
         if strips > 1:
@@ -915,14 +907,14 @@ def own_distance(rows, centroids, label):
 
 
 def greedy_seeds(rows, k, generator):
-    """Batched greedy k-means++ -> (k, D). Eight rounds, each draws three times too many rows by
-    D^2, sends every row to the nearest of them and keeps those that gain most. `rows` are centred:
-    they start from the mean. Zeros fill up where distinct rows are fewer than k.
+    """Batched greedy k-means++ of centred rows -> (k, D). Each of eight rounds draws three times too many rows by
+    D^2, sends every row to the nearest of them, keeps those that gain most. Zeros if too few rows are distinct.
     """
     y, each = rows.x, -(-k // 8)
-    d2, seeds = y.square().sum(1), y[:0]
+    drawn_at_once = each * 3 if rows.total >= 3 * k else each  # of so few rows the outliers would gain most
+    d2, seeds = y.square().sum(1), y[:0]  # they start from the mean
     while len(seeds) < k:
-        drawn = rows.take(rows.draw(d2, 3 * each, generator))
+        drawn = rows.take(rows.draw(d2, drawn_at_once, generator))
         if len(drawn) == 0:
             return F.pad(seeds, (0, 0, 0, k - len(seeds)))
         near = near_centroids(y, drawn, half=y.is_cuda)
@@ -943,84 +935,74 @@ def refill(rows, centroids, label, empty, generator):
     return len(ids) > 0
 
 
-def assign_all(rows, centroids, label, top=1):
-    """Exact float32 pass: sets label (n,) to the nearest centroids, in place -> (k,) counts over all ranks.
+def assign_all(rows, centroids, label, lists, top=1, *, scan=True, half=False, recheck=False):
+    """Set label (n,) in place to the nearest centroid -> sums (K, D), counts (K,) of the clusters, moved (1,), all ranks'.
 
-    top > 1: of that many and the row's own, by true differences (scores cannot tell very close ones apart).
+    A scan searches all centroids and leaves `top` candidates a row in the dictionary `lists`; without, rows choose
+    among these. half or recheck: true differences decide between the candidates and the label so far, as scores
+    cannot tell very close centroids apart; so the objective never rises.
     """
-    counts = torch.zeros(len(centroids), dtype=torch.long, device=rows.device)
+    k, recheck = len(centroids), half or recheck
+    sums, counts = torch.zeros_like(centroids), torch.zeros(k, dtype=torch.long, device=rows.device)
+    moved = counts.new_zeros(1)
     for part, block in rows.blocks():
-        near = near_centroids(block, centroids, top)
-        if top > 1:
-            near = nearest_listed(block, centroids, torch.cat([near, label[part, None]], 1))[0][:, None]
-        label[part] = near[:, 0]
-        counts += label[part].bincount(minlength=len(centroids))
-    return rows.reduce(counts)
+        old = label[part].clone()
+        if scan:
+            near = near_centroids(block, centroids, top, half)
+            lists[part.start] = torch.cat([near, old[:, None]], 1) if recheck else near
+        if scan and not recheck:
+            label[part] = near[:, 0]
+        else:
+            label[part] = nearest_listed(block, centroids, lists[part.start])[0]
+        block_sums, block_counts = cluster_sums(block, label[part], k)
+        sums += block_sums
+        counts += block_counts
+        moved += (label[part] != old).sum()
+    return rows.reduce(sums), rows.reduce(counts), rows.reduce(moved)
 
 
 @torch.no_grad()
 def kmeans(x, k, *, iterations=20, seed=0, init=None, exact=False, device=None, sharded=True):
     """Lloyd's k-means on squared Euclidean distance -> centroids (k, D) float32, assign (N,) int64.
 
-    x (N, D): tensor, numpy array or memmap of any float type, read in blocks and clustered on
-    `device` (default: where x lies); under a process group this rank's share, unless sharded=False.
-    init (k, D) is the start, else greedy seeding. Unless exact=True, from k = 1000 on most passes
-    compare a row with its three candidates only, and there are a fifth more passes. `assign` is the
-    nearest returned centroid. No cluster is empty, unless x has fewer distinct rows than k (a
-    warning says so). ValueError: k < 1, k > N, no rows, NaN or infinity, ill-shaped init.
+    x (N, D) as for Rows, clustered on `device` (default: where x lies); under a process group this rank's share,
+    unless sharded=False. init (k, D) is the start, else greedy seeding. Unless exact=True, from k = 1000 on most
+    passes compare a row with its three candidates only, a given start gets a fifth more of them, and less than a
+    thousandth of the rows moving is the end. `assign` is the nearest returned centroid. No cluster is empty, unless x has fewer
+    distinct rows than k (a warning says so). ValueError: k < 1, k > N, no rows, NaN or infinity, ill-shaped init.
     """
-    rows = Rows(x, device, sharded)
+    rows, generator = Rows(x, device, sharded), torch.Generator().manual_seed(seed)
     if not 1 <= k <= rows.total:
         raise ValueError(f"k-means: cannot make {k} clusters of {rows.total} rows")
-    mean, generator = rows.mean(), torch.Generator().manual_seed(seed)
+    mean = rows.mean("k-means")
     if init is None:  # twelve rows a seed are enough to choose it by
-        size = min(rows.total, max(2 * k, min(12 * k, 2**27 // x.shape[1])))
+        size = min(rows.total, max(2 * k, min(12 * k, 2**27 // len(mean))))
         ids = torch.randperm(rows.total, generator=generator)[:size].sort().values.to(rows.device)
         sample = Rows(rows.read(ids[rows.owned(ids)] - rows.first) - mean, sharded=sharded)
         centroids = greedy_seeds(sample, k, generator) + mean
         del sample
     else:
         centroids = torch.as_tensor(init).to(rows.device, torch.float32, copy=True)
-        if centroids.shape != (k, x.shape[1]) or not centroids.isfinite().all():
-            raise ValueError(f"k-means: init must be finite and {(k, x.shape[1])}, not {tuple(init.shape)}")
+        if centroids.shape != (k, len(mean)) or not centroids.isfinite().all():
+            raise ValueError(f"k-means: init must be finite and {(k, len(mean))}, not {tuple(init.shape)}")
 
-    lists, half, full = k >= 1000 and not exact, rows.device.type == "cuda", True
+    quick, half, lists, scan = k >= 1000 and not exact, rows.device.type == "cuda", {}, True
     label = torch.zeros(len(x), dtype=torch.long, device=rows.device)
-    listed = label[:, None].repeat(1, 3 if lists else 1)  # (N, T) candidates
-    for step in range(iterations * 6 // 5 if lists else iterations):
-        full = full or not lists or step == 1 or step % 6 == 0
-        sums, counts = torch.zeros_like(centroids), torch.zeros(k, dtype=torch.long, device=rows.device)
-        moved = counts.new_zeros(1)
-        for part, block in rows.blocks():
-            near, old = listed[part], label[part]
-            if full:
-                near.copy_(near_centroids(block, centroids, near.shape[1], half))
-            if full and not half:
-                new = near[:, 0]
-            elif full:  # float32 decides, and the old label stays in the race: the objective cannot rise
-                new = nearest_listed(block, centroids, torch.cat([near, old[:, None]], 1))[0]
-                near[:, -1] = torch.where((near == new[:, None]).any(1), near[:, -1], new)
-            else:
-                new = nearest_listed(block, centroids, near)[0]
-            moved += (new != old).sum()
-            old.copy_(new)
-            block_sums, block_counts = cluster_sums(block, new, k)
-            sums += block_sums
-            counts += block_counts
-        empty = rows.reduce(counts) == 0
-        still, gaps = torch.stack([rows.reduce(moved)[0] == 0, empty.any()]).tolist()
-        means = rows.reduce(sums) / counts.clamp(min=1)[:, None]
-        refilled = gaps and refill(rows, centroids, label, empty, generator)
-        centroids = torch.where(empty[:, None], centroids, means)
-        if still and full and not refilled and step > 0:
-            break  # nothing changes any more
-        full = still or refilled
-    empty = assign_all(rows, centroids, label) == 0
+    for step in range(iterations * 6 // 5 if quick and init is not None else iterations):
+        scan = scan or not quick or step == 1 or step % 6 == 0
+        sums, counts, moved = assign_all(rows, centroids, label, lists, 3 if quick else 1, scan=scan, half=half)
+        empty = counts == 0
+        refilled = empty.any() and refill(rows, centroids, label, empty, generator)
+        centroids = torch.where(empty[:, None], centroids, sums / counts.clamp(min=1)[:, None])
+        if step > 0 and scan and not refilled and moved <= quick * rows.total // 1000:
+            break
+        scan = refilled or moved == 0  # then the lists have nothing more to give
+    empty = assign_all(rows, centroids, label, lists)[1] == 0
     while empty.any():
         if not refill(rows, centroids, label, empty, generator):
             warnings.warn(f"k-means: only {k - int(empty.sum())} distinct rows for {k} clusters")
             break
-        empty = assign_all(rows, centroids, label, top=4) == 0
+        empty = assign_all(rows, centroids, label, lists, top=4, recheck=True)[1] == 0
     return centroids, label
 
 
@@ -1052,7 +1034,7 @@ def hierarchy_from_centroids(x, raw_centroids, temperature, *, labels=None, devi
         raw = torch.as_tensor(raw).to(rows.device, torch.float32)
         label = labels[level] if labels else torch.zeros(len(items), dtype=torch.long, device=rows.device)
         if not labels:
-            assign_all(rows, raw, label, top=4)
+            assign_all(rows, raw, label, {}, top=4, recheck=True)
         distance, counts = cluster_sums(own_distance(rows, raw, label).sqrt()[:, None], label, len(raw))
         phi.append(concentration(rows.reduce(distance)[:, 0], rows.reduce(counts), temperature))
         assign.append(label)
@@ -1268,11 +1250,7 @@ def nearest_neighbours(x, k):
     rows = Rows(x, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     if not 1 <= k < rows.total:
         raise ValueError(f"nearest neighbours: k = {k} of {rows.total} rows, but k must be in 1..N-1")
-    bad = torch.zeros(1, dtype=torch.long, device=rows.device)
-    for _, block in rows.blocks():
-        bad += (~block.isfinite().all(1)).sum()
-    if rows.reduce(bad):
-        raise ValueError(f"nearest neighbours: {int(bad)} of {rows.total} rows hold NaN or infinity")
+    rows.mean("nearest neighbours")  # only for its check
     top, side = min(k + 4, rows.total - 1), 8192 if x.is_cuda else 1024  # of a square of scores: 4 MiB on the CPU
     sim = torch.full((len(x), top), -math.inf, dtype=rows.dtype, device=rows.device)
     near = torch.zeros(sim.shape, dtype=torch.long, device=rows.device)

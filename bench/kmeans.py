@@ -1,7 +1,8 @@
 """K-means against faiss-cpu and whatever else is installed: time, objective, memory, in alternation in one process.
 
-    python bench/kmeans.py                              # figures 1, 2, 3 and 5 on the CPU, about six minutes
-    python bench/kmeans.py --figures 2 --data feats.npy # real features instead of the mixture
+    python bench/kmeans.py                              # figures 1, 2, 3 and 5 on the CPU, about ten minutes
+    python bench/kmeans.py --data cifar100              # features of the pictures of a folder instead of the mixture
+    python bench/kmeans.py --figures 2 --data feats.npy # features of your own
     python bench/kmeans.py --device cuda --figures 4    # 1.28M x 128, 30000-10000-1000
 
 Figures: 1 exact mode, shared start; 2 default mode, K >= 1000, shared start and own seeding; 3 the released recipe
@@ -13,6 +14,7 @@ CUDA, max_memory_allocated beyond the data. Shared start: same random rows as fi
 """
 import argparse
 import datetime
+import functools
 import json
 import os
 import platform
@@ -28,7 +30,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import Rows, hierarchical_kmeans, kmeans, near_centroids
+from common import Rows, extract_features, hierarchical_kmeans, kmeans, load_data, near_centroids, normalize_pixels
 
 ITERATIONS, CLOCK = 20, time.perf_counter
 
@@ -109,6 +111,33 @@ def mixture(n, d, k, seed=1234):
     centre, weight = torch.randn(parts, d, generator=g), torch.rand(parts, generator=g).square() + 0.05
     which = torch.multinomial(weight, n, True, generator=g)
     return F.normalize(centre[which] + torch.randn(n, d, generator=g), dim=1).numpy()
+
+
+@functools.cache
+def patch_responses(folder):
+    """(N, 1024) responses of a folder's pictures to 256 of their own whitened patches, rectified, pooled 2x2."""
+    images, g = load_data(folder)[0], torch.Generator().manual_seed(0)
+    size = min(images.picture(0).shape[1:])
+    which, corner = torch.randint(len(images), (10000,), generator=g), torch.randint(size - 5, (10000, 2), generator=g)
+    patches = torch.stack([normalize_pixels(images.picture(i)[None, :, a:a + 6, b:b + 6] / 255)[0]
+                           for i, (a, b) in zip(which.tolist(), corner.tolist())]).flatten(1)
+    patches -= patches.mean(1, keepdim=True)
+    filters = torch.linalg.solve(patches.T.cov() + 0.1 * torch.eye(108), patches[:256].T).T  # whitens both sides
+    filters = F.normalize(filters - filters.mean(1, keepdim=True), dim=1).view(-1, 3, 6, 6)
+
+    class Responses(torch.nn.Module):
+        def forward(self, x):
+            return F.adaptive_avg_pool2d((F.conv2d(x, filters, stride=2).abs() - 0.5).relu(), 2).flatten(1)
+
+    return extract_features(Responses(), images, size)
+
+
+def picture_features(folder, n, d):
+    """(n, d) unit rows: n of the pictures at random, their patch responses reduced to d <= 1024 principal components."""
+    x = patch_responses(folder)
+    x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:n]].double()
+    x = x - x.mean(0)
+    return F.normalize((x @ torch.linalg.eigh(x.T @ x).eigenvectors[:, -d:]).float(), dim=1).numpy()
 
 
 def objective(x, centroids):
@@ -275,7 +304,7 @@ def parse_args(argv=None):
     p.add_argument("--figures", type=int, nargs="+", default=None, help="which of 1 2 3 4 (memory, 5, is in 1 and 2)")
     p.add_argument("--device", default="cpu", help="cpu or cuda")
     p.add_argument("--sizes", help="NxDxK,NxDxK instead of the listed problems of figures 1 and 2; 4: NxDxK0-K1-K2")
-    p.add_argument("--data", help=".npy (N, D) float32 instead of the mixture (N and D of the sizes ignored)")
+    p.add_argument("--data", help="instead of the mixture: a folder of pictures, or .npy (N, D) float32 (sizes' N, D ignored)")
     p.add_argument("--rounds", type=int, default=3, help="runs of each contestant, seeds 0, 1, ...")
     p.add_argument("--threads", type=int, default=os.cpu_count())
     p.add_argument("--cpu-clock", action="store_true", help="CPU seconds, for a machine with other work; one thread only")
@@ -317,18 +346,23 @@ def main(args):
         print(torch.cuda.get_device_name())
     table, figures = Table(), args.figures or ([4] if args.device != "cpu" else [1, 2, 3])
 
+    def features(n, d, k):
+        if args.data is None:
+            return mixture(n, d, k)
+        return np.load(args.data) if args.data.endswith(".npy") else picture_features(args.data, n, d)
+
     def problems(default):
         for size in (args.sizes or default).split(","):
             n, d, k = (int(v) for v in size.lower().split("x"))
-            x = np.load(args.data) if args.data else mixture(n, d, k)
-            yield x, k, f"{x.shape[0]}x{x.shape[1]} K={k}" + (" real" if args.data else "")
+            x = features(n, d, k)
+            yield x, k, f"{x.shape[0]}x{x.shape[1]} K={k}"
 
     def pick(*names):
         return [name for name in names if not args.only or name in args.only]
 
     rivals = "sklearn_kmeans", "fastkmeans"
     if 1 in figures:
-        for x, k, title in problems("50000x128x1000,50000x128x100,20000x512x300"):
+        for x, k, title in problems("50000x128x1000,50000x128x300,50000x128x100,20000x512x300"):
             compare(table, "1 " + title, x, k, pick("faiss_kmeans", "ours_exact", *rivals), args.rounds, True, args.device)
     if 2 in figures:
         for x, k, title in problems("50000x128x1000,50000x128x3000"):
@@ -336,7 +370,7 @@ def main(args):
                 compare(table, f"2 {title} {'shared start' if shared else 'own start'}", x, k, pick("faiss_kmeans", "ours"),
                         args.rounds, shared, args.device)
     if 3 in figures:
-        recipes(table, np.load(args.data) if args.data else mixture(50000, 128, 1000), args.rounds)
+        recipes(table, features(50000, 128, 1000), args.rounds)
     if 4 in figures:
         n, d, clusters = (args.sizes or "1281167x128x30000-10000-1000").split("x")
         gpu(table, int(n), int(d), [int(k) for k in clusters.split("-")], args.rounds)
