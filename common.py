@@ -868,8 +868,8 @@ def near_centroids(rows, centroids, top=1, half=False):
         best = score.amax(1) if strips > 1 else score[:, 0]  # (n, W)
         block = best.topk(top).indices if top > 1 else best.max(1, keepdim=True).indices  # (n, top)
         if strips > 1:
-            inside = score.transpose(1, 2).gather(1, block[:, :, None].expand(-1, -1, strips))  # (n, top, S)
-            block = block * strips + inside.argmax(2)
+            inside = score.gather(2, block[:, None].expand(-1, strips, -1))  # (n, S, top)
+            block = block * strips + inside.argmax(1)
         found.append(block)
     return torch.cat(found)
 
@@ -878,8 +878,8 @@ def nearest_listed(rows, centroids, listed):
     """(n, D) rows, (n, T) ids -> (n,) the nearest of each row's list, by true differences; (n,) its distance^2."""
     label, least = [], []
     step = max(1, (2**25 if rows.is_cuda else 2**18) // rows.shape[1])
-    for y, ids in zip(rows.split(step), listed.sort(1).values.split(step)):  # sorted: ties to the lowest
-        d2 = torch.stack([(y - centroids[column]).square_().sum(1) for column in ids.T], 1)  # (n, T)
+    for y, ids in zip(rows.split(step), listed.sort(1).values.split(step)):  # sorted: ties to the lowest id
+        d2 = torch.stack([(y - centroids.index_select(0, column)).square_().sum(1) for column in ids.T], 1)  # (n, T)
         value, place = d2.min(1, keepdim=True)
         label.append(ids.gather(1, place)[:, 0])
         least.append(value[:, 0])
@@ -906,20 +906,19 @@ def own_distance(rows, centroids, label):
     return d2
 
 
-def greedy_seeds(rows, k, generator):
-    """Batched greedy k-means++ of centred rows -> (k, D). Each of eight rounds draws three times too many rows by
-    D^2, sends every row to the nearest of them, keeps those that gain most. Zeros if too few rows are distinct.
+def greedy_seeds(rows, weight, k, generator):
+    """Batched greedy k-means++ of centred rows with weights (n,) -> (k, D). Each of eight rounds draws three times too
+    many rows by D^2, sends every row to the nearest of them, keeps those that gain most. Zeros if too few are distinct.
     """
     y, each = rows.x, -(-k // 8)
-    drawn_at_once = each * 3 if rows.total >= 3 * k else each  # of so few rows the outliers would gain most
     d2, seeds = y.square().sum(1), y[:0]  # they start from the mean
     while len(seeds) < k:
-        drawn = rows.take(rows.draw(d2, drawn_at_once, generator))
+        drawn = rows.take(rows.draw(weight * d2, 3 * each, generator))
         if len(drawn) == 0:
             return F.pad(seeds, (0, 0, 0, k - len(seeds)))
         near = near_centroids(y, drawn, half=y.is_cuda)
-        gain = (d2 - nearest_listed(y, drawn, near)[1]).clamp(min=0)[:, None]
-        gain = rows.reduce(cluster_sums(gain, near[:, 0], len(drawn))[0])[:, 0]
+        gain = weight * (d2 - nearest_listed(y, drawn, near)[1]).clamp(min=0)
+        gain = rows.reduce(cluster_sums(gain[:, None], near[:, 0], len(drawn))[0])[:, 0]
         kept = drawn[gain.topk(min(each, len(drawn), k - len(seeds))).indices]
         d2 = torch.minimum(d2, nearest_listed(y, kept, near_centroids(y, kept, half=y.is_cuda))[1])
         seeds = torch.cat([seeds, kept])
@@ -936,7 +935,7 @@ def refill(rows, centroids, label, empty, generator):
 
 
 def assign_all(rows, centroids, label, lists, top=1, *, scan=True, half=False, recheck=False):
-    """Set label (n,) in place to the nearest centroid -> sums (K, D), counts (K,) of the clusters, moved (1,), all ranks'.
+    """Set label (n,) in place to the nearest centroid -> sums (K, D), counts (K,), how many moved (1,), of all ranks.
 
     A scan searches all centroids and leaves `top` candidates a row in the dictionary `lists`; without, rows choose
     among these. half or recheck: true differences decide between the candidates and the label so far, as scores
@@ -962,14 +961,15 @@ def assign_all(rows, centroids, label, lists, top=1, *, scan=True, half=False, r
 
 
 @torch.no_grad()
-def kmeans(x, k, *, iterations=20, seed=0, init=None, exact=False, device=None, sharded=True):
+def kmeans(x, k, *, iterations=20, seed=0, init=None, start_weight=None, exact=False, device=None, sharded=True):
     """Lloyd's k-means on squared Euclidean distance -> centroids (k, D) float32, assign (N,) int64.
 
     x (N, D) as for Rows, clustered on `device` (default: where x lies); under a process group this rank's share,
-    unless sharded=False. init (k, D) is the start, else greedy seeding. Unless exact=True, from k = 1000 on most
-    passes compare a row with its three candidates only, a given start gets a fifth more of them, and less than a
-    thousandth of the rows moving is the end. `assign` is the nearest returned centroid. No cluster is empty, unless x has fewer
-    distinct rows than k (a warning says so). ValueError: k < 1, k > N, no rows, NaN or infinity, ill-shaped init.
+    unless sharded=False. init (k, D) is the start, else greedy seeding; there start_weight (N,) says how much each row
+    counts. Unless exact=True, from k = 1000 on most passes compare a row with its four candidates only, a given start
+    gets a fifth more of them, and less than a thousandth of the rows moving is the end. `assign` is the nearest
+    returned centroid. No cluster is empty, unless x has fewer distinct rows than k (a warning says so).
+    ValueError: k < 1, k > N, no rows, NaN or infinity, ill-shaped init.
     """
     rows, generator = Rows(x, device, sharded), torch.Generator().manual_seed(seed)
     if not 1 <= k <= rows.total:
@@ -978,19 +978,20 @@ def kmeans(x, k, *, iterations=20, seed=0, init=None, exact=False, device=None, 
     if init is None:  # twelve rows a seed are enough to choose it by
         size = min(rows.total, max(2 * k, min(12 * k, 2**27 // len(mean))))
         ids = torch.randperm(rows.total, generator=generator)[:size].sort().values.to(rows.device)
-        sample = Rows(rows.read(ids[rows.owned(ids)] - rows.first) - mean, sharded=sharded)
-        centroids = greedy_seeds(sample, k, generator) + mean
-        del sample
+        own = ids[rows.owned(ids)] - rows.first
+        weight = torch.ones(len(own), device=rows.device) if start_weight is None else start_weight[own]
+        centroids = greedy_seeds(Rows(rows.read(own) - mean, sharded=sharded), weight, k, generator) + mean
     else:
         centroids = torch.as_tensor(init).to(rows.device, torch.float32, copy=True)
         if centroids.shape != (k, len(mean)) or not centroids.isfinite().all():
             raise ValueError(f"k-means: init must be finite and {(k, len(mean))}, not {tuple(init.shape)}")
 
     quick, half, lists, scan = k >= 1000 and not exact, rows.device.type == "cuda", {}, True
+    more = quick and init is not None  # it is farther from the end than greedy seeds
     label = torch.zeros(len(x), dtype=torch.long, device=rows.device)
-    for step in range(iterations * 6 // 5 if quick and init is not None else iterations):
-        scan = scan or not quick or step == 1 or step % 6 == 0
-        sums, counts, moved = assign_all(rows, centroids, label, lists, 3 if quick else 1, scan=scan, half=half)
+    for step in range(iterations * 6 // 5 if more else iterations):
+        scan = scan or not quick or step % 6 == 0 or more and step == 1
+        sums, counts, moved = assign_all(rows, centroids, label, lists, 4 if quick else 1, scan=scan, half=half)
         empty = counts == 0
         refilled = empty.any() and refill(rows, centroids, label, empty, generator)
         centroids = torch.where(empty[:, None], centroids, sums / counts.clamp(min=1)[:, None])
@@ -1048,16 +1049,20 @@ def hierarchy_from_centroids(x, raw_centroids, temperature, *, labels=None, devi
 
 @torch.no_grad()
 def hierarchical_kmeans(x, clusters, *, temperature, iterations=20, seed=0, device=None):
-    """Unit features x (N, D), clusters (K_0, K_1, ...) fine to coarse -> Hierarchy: k-means of x,
-    then k-means of the normalised centroids, and so on. Under a process group x is this rank's
-    share; upper levels run on every rank.
+    """Unit features x (N, D), clusters (K_0, K_1, ...) fine to coarse -> Hierarchy: k-means of x, then of its
+    normalised centroids, and so on. Under a process group x is this rank's share; upper levels run on every rank.
     """
-    raw, labels, items = [], [], x
+    raw, labels, items, of_image, weight = [], [], x, None, None
     for level, k in enumerate(clusters):
-        centroids, label = kmeans(items, k, iterations=iterations, seed=seed, device=device, sharded=level == 0)
+        centroids, label = kmeans(items, k, iterations=iterations, seed=seed, start_weight=weight, device=device,
+                                  sharded=level == 0)
         raw.append(centroids)
         labels.append(label)
-        items = F.normalize(centroids, dim=1)
+        of_image = label if level == 0 else label[of_image]
+        # An upper level's rows are centroids, however few images they stand for. A start without regard to that gives
+        # the clusters to outliers (images up to 14 % farther from their group's mean); with full regard, the rows fare
+        # worse than from a random start. The square root is better than that at both.
+        items, weight = F.normalize(centroids, dim=1), all_reduce_sum(of_image.bincount(minlength=k)).sqrt()
     return hierarchy_from_centroids(x, raw, temperature, labels=labels, device=device)
 
 

@@ -67,6 +67,15 @@ def test_seeding_beats_random_rows():
     assert seeded < 0.8 * drawn
 
 
+def test_start_weight():
+    """Far outliers take the first clusters; not those without weight."""
+    x = torch.cat([unit(80, 4), 5 * unit(20, 4, 1)])
+    ones, zeros = torch.ones(100), torch.cat([torch.ones(80), torch.zeros(20)])
+    assert kmeans(x, 8, iterations=0, start_weight=ones)[0].norm(dim=1).gt(2).sum() >= 4
+    assert kmeans(x, 8, iterations=0, start_weight=zeros)[0].norm(dim=1).lt(2).all()
+    assert torch.equal(kmeans(x, 8)[0], kmeans(x, 8, start_weight=ones)[0])
+
+
 def test_empty_clusters_are_refilled():
     x = unit(400, 4)
     for far in (x[:1].expand(60, 4), torch.cat([x[:20], 100 + unit(40, 4)])):  # all the same; most out of reach
@@ -179,7 +188,8 @@ def test_hierarchical_kmeans():
         torch.testing.assert_close(tree.prototypes[level].norm(dim=1), torch.ones(k))
         if level:
             assert torch.equal(tree.assign[level], tree.parent[level - 1][tree.assign[level - 1]])
-        raw, label = kmeans(items, k)
+        images = tree.assign[level - 1].bincount().sqrt() if level else None
+        raw, label = kmeans(items, k, start_weight=images)
         distance = [math.dist(a, raw[b]) for a, b in zip(items, label)]
         phi = slow_concentration(distance, label, k, 0.3)
         np.testing.assert_allclose(tree.concentration[level], phi, rtol=1e-5)
