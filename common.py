@@ -774,12 +774,12 @@ class Hierarchy(NamedTuple):
 class Rows:
     """(N, D) rows: a tensor, numpy array or memory map of any float type, read as `dtype` on `device`, in blocks.
 
-    With sharded=True each process of a group holds a share, of any size. Rows are known by their global
-    number and draws are made for all of them, so that every sharding gives the same clusters.
+    With sharded=True each process of a group holds a share, of any size. Rows are known by their number in the whole
+    data set and draws are made for all of it: the clusters do not depend on who holds what, up to rounding.
     """
 
     def __init__(self, x, device=None, sharded=True, dtype=torch.float32):
-        if x.ndim != 2:
+        if x.ndim != 2 or x.shape[1] == 0:
             raise ValueError(f"rows must be of shape (N, D), not {tuple(x.shape)}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of read-only memory maps; nothing is written here
@@ -791,23 +791,23 @@ class Rows:
 
     def read(self, index):
         """Local rows; index: slice or int64 ids. A view if x is of that dtype on the device already."""
-        return self.x[index if isinstance(index, slice) else index.to(self.x.device)].to(self.device, self.dtype)
+        return self.x[index if isinstance(index, slice) else index.to(self.x.device)].to(self.device).to(self.dtype)
 
     def blocks(self):
         """Yield (slice, local rows), 128 MiB at a time."""
-        step = max(1, 2**25 // self.x.shape[1])
+        step = max(1, 2**25 // max(64, self.x.shape[1]))
         for start in range(0, len(self.x), step):
             part = slice(start, start + step)
             yield part, self.read(part)
 
     def mean(self, task):
-        """(D,) over all ranks. ValueError, with the name of the task, if a row holds NaN or infinity."""
+        """(D,) over all ranks. ValueError, with the name of the task, if a row's length is not finite."""
         mean, bad = torch.zeros(self.x.shape[1], device=self.device), torch.zeros(1, device=self.device)
         for _, block in self.blocks():
             mean += block.sum(0) / self.total
-            bad += (~block.sum(1).isfinite()).sum()
+            bad += (~block.norm(dim=1).isfinite()).sum()
         if self.reduce(bad) > 0:
-            raise ValueError(f"{task}: {int(bad)} of {self.total} rows hold NaN or infinity")
+            raise ValueError(f"{task}: {int(bad)} of {self.total} rows hold NaN, infinity or too large numbers")
         return self.reduce(mean)
 
     def owned(self, ids):
@@ -837,10 +837,12 @@ class Rows:
 
 
 def near_centroids(rows, centroids, top=1, half=False):
-    """(n, D) rows, (K, D) -> (n, top) ids: the nearest centroid, then the winners of the next best blocks of ids.
+    """(n, D) rows, (K, D) -> (n, top) ids: the nearest centroid; then, from the blocks of ids (below) with the next
+    highest scores, the best of each.
 
     The nearest has the highest score (x-m).(c-m) - |c-m|^2/2, m the mean centroid: one addmm a chunk of rows.
-    half=True: float16 scores, which need that centring (collapsed features lose 5 % of their labels without).
+    half=True: float16 scores, unless a few lengths exceed the others by far. They need the centring: without it 5 %
+    of the rows get a wrong label when all features are nearly equal.
     """
     k, d = centroids.shape
     # argmax over K scores costs half as much as the product itself (CPU). So: maximum over strips of columns, argmax
@@ -850,23 +852,29 @@ def near_centroids(rows, centroids, top=1, half=False):
     strips = -(-k // width)
     mean = centroids.mean(0)
     c = F.pad(centroids - mean, (0, 0, 0, strips * width - k))  # (S*W, D)
+    if half:
+        length = torch.cat([(y - mean).norm(dim=1) for y in rows.split(2**16)] + [c.norm(dim=1)])
+        half = bool(length.max() < 1000 * length.median())  # else most rows drown in float16's coarse small numbers
+    scale = 100 / length.max() if half else 1.0  # scores up to 1.5e4 do not overflow
+    c = c * scale
     bias = -0.5 * c.square().sum(1)
     bias[k:] = -math.inf
-    if half:  # scores up to 1.5e4: no overflow, and float16's coarse small numbers out of reach
-        scale = 100 / torch.cat([rows - mean, c]).norm(dim=1).max().clamp(min=1e-30)
-        c, bias = (c * scale).half(), (bias * scale**2).half()
+    if half:
+        c, bias = c.half(), bias.half()
     else:
         bias -= c @ mean  # the same scores from rows as they are
     c = c.view(width, strips, d).transpose(0, 1).reshape(-1, d).T  # (D, S*W)
     bias = bias.view(width, strips).T.reshape(-1)
     top, found = min(top, -(-k // strips)), []
-    step = max(1024, (2**27 if rows.is_cuda else 2**19) // len(bias))
+    step = max((2**27 if rows.is_cuda else 2**19) // len(bias), min(1024, 2**27 // len(bias)), 1)
     scores = c.new_empty(min(step, len(rows)), len(bias))  # the memory of every chunk
     for y in rows.split(step):
         y = ((y - mean) * scale).half() if half else y
         score = torch.addmm(bias, y, c, out=scores[:len(y)]).view(-1, strips, width)  # (n, S, W)
         best = score.amax(1) if strips > 1 else score[:, 0]  # (n, W)
-        block = best.topk(top).indices if top > 1 else best.max(1, keepdim=True).indices  # (n, top)
+        block = best.max(1, keepdim=True).indices  # the lowest of equal ones, which topk does not promise
+        if top > 1:
+            block = torch.cat([block, best.scatter_(1, block, -math.inf).topk(top - 1).indices], 1)  # (n, top)
         if strips > 1:
             inside = score.gather(2, block[:, None].expand(-1, strips, -1))  # (n, S, top)
             block = block * strips + inside.argmax(1)
@@ -898,7 +906,9 @@ def cluster_sums(rows, label, k):
 
 
 def own_distance(rows, centroids, label):
-    """(n,) squared distance of each local row to its centroid; what only rounding tells from zero is zero."""
+    """(n,) squared distance of each local row to its centroid; 0 below a millionth of the row's length, as rounding
+    alone can cause that.
+    """
     d2 = torch.empty(len(label), device=rows.device)
     for part, block in rows.blocks():
         own = nearest_listed(block, centroids, label[part, None])[1]
@@ -907,8 +917,11 @@ def own_distance(rows, centroids, label):
 
 
 def greedy_seeds(rows, weight, k, generator):
-    """Batched greedy k-means++ of centred rows with weights (n,) -> (k, D). Each of eight rounds draws three times too
-    many rows by D^2, sends every row to the nearest of them, keeps those that gain most. Zeros if too few are distinct.
+    """Batched greedy k-means++ of centred rows with weights (n,) -> (k, D).
+
+    Each of eight rounds draws three times as many rows as it needs, with chance proportional to weight times squared
+    distance to the nearest seed, sends every row to the nearest drawn one, and keeps the drawn rows that lower the
+    distances most. When no row has both weight and distance left, the other seeds are zero, the mean.
     """
     y, each = rows.x, -(-k // 8)
     d2, seeds = y.square().sum(1), y[:0]  # they start from the mean
@@ -926,7 +939,9 @@ def greedy_seeds(rows, weight, k, generator):
 
 
 def refill(rows, centroids, label, empty, generator):
-    """Put empty (k,) clusters on rows drawn by D^2, in place -> False if every row sits on its centroid."""
+    """Put empty (k,) clusters on rows drawn with chance proportional to their squared distance, in place -> False if
+    every row sits on its centroid.
+    """
     ids = rows.draw(own_distance(rows, centroids, label), int(empty.sum()), generator)
     filled, own = empty.nonzero()[: len(ids), 0], rows.owned(ids)
     centroids[filled] = rows.take(ids)
@@ -937,9 +952,9 @@ def refill(rows, centroids, label, empty, generator):
 def assign_all(rows, centroids, label, lists, top=1, *, scan=True, half=False, recheck=False):
     """Set label (n,) in place to the nearest centroid -> sums (K, D), counts (K,), how many moved (1,), of all ranks.
 
-    A scan searches all centroids and leaves `top` candidates a row in the dictionary `lists`; without, rows choose
-    among these. half or recheck: true differences decide between the candidates and the label so far, as scores
-    cannot tell very close centroids apart; so the objective never rises.
+    scan=True searches all centroids and stores `top` candidates a row in the dictionary `lists`; scan=False chooses
+    among those of the last scan. half or recheck: true differences decide between the candidates and the label so far,
+    as scores cannot tell very close centroids apart. The label so far is always listed: the objective never rises.
     """
     k, recheck = len(centroids), half or recheck
     sums, counts = torch.zeros_like(centroids), torch.zeros(k, dtype=torch.long, device=rows.device)
@@ -965,11 +980,12 @@ def kmeans(x, k, *, iterations=20, seed=0, init=None, start_weight=None, exact=F
     """Lloyd's k-means on squared Euclidean distance -> centroids (k, D) float32, assign (N,) int64.
 
     x (N, D) as for Rows, clustered on `device` (default: where x lies); under a process group this rank's share,
-    unless sharded=False. init (k, D) is the start, else greedy seeding; there start_weight (N,) says how much each row
-    counts. Unless exact=True, from k = 1000 on most passes compare a row with its four candidates only, a given start
-    gets a fifth more of them, and less than a thousandth of the rows moving is the end. `assign` is the nearest
-    returned centroid. No cluster is empty, unless x has fewer distinct rows than k (a warning says so).
-    ValueError: k < 1, k > N, no rows, NaN or infinity, ill-shaped init.
+    unless sharded=False. init (k, D) is the start, else greedy seeding, in which row i counts start_weight[i] > 0.
+    From k = 1000 on, unless exact=True, only every sixth pass searches all centroids, the others a row's four
+    candidates; with init there are a fifth more passes; and it ends when less than a thousandth of the rows moves.
+    `assign` is the nearest returned centroid. No cluster is empty, unless x has fewer distinct rows than k (a warning
+    says so); rows closer than a millionth of their length count as equal. ValueError: k < 1, k > N, no rows, rows
+    with NaN, infinity or too large numbers, init or start_weight of another shape.
     """
     rows, generator = Rows(x, device, sharded), torch.Generator().manual_seed(seed)
     if not 1 <= k <= rows.total:
@@ -979,29 +995,35 @@ def kmeans(x, k, *, iterations=20, seed=0, init=None, start_weight=None, exact=F
         size = min(rows.total, max(2 * k, min(12 * k, 2**27 // len(mean))))
         ids = torch.randperm(rows.total, generator=generator)[:size].sort().values.to(rows.device)
         own = ids[rows.owned(ids)] - rows.first
-        weight = torch.ones(len(own), device=rows.device) if start_weight is None else start_weight[own]
-        centroids = greedy_seeds(Rows(rows.read(own) - mean, sharded=sharded), weight, k, generator) + mean
+        weight = torch.ones(len(x)) if start_weight is None else torch.as_tensor(start_weight).float()
+        if weight.shape != (len(x),):
+            raise ValueError(f"k-means: start_weight must be of shape {(len(x),)}, not {tuple(weight.shape)}")
+        sample = Rows(rows.read(own) - mean, sharded=sharded)
+        centroids = greedy_seeds(sample, weight.to(rows.device)[own], k, generator) + mean
+        del sample
     else:
         centroids = torch.as_tensor(init).to(rows.device, torch.float32, copy=True)
         if centroids.shape != (k, len(mean)) or not centroids.isfinite().all():
-            raise ValueError(f"k-means: init must be finite and {(k, len(mean))}, not {tuple(init.shape)}")
+            raise ValueError(f"k-means: init must be {(k, len(mean))} finite numbers, but is {tuple(centroids.shape)}"
+                             f"{'' if centroids.isfinite().all() else ' and holds NaN or infinity'}")
 
     quick, half, lists, scan = k >= 1000 and not exact, rows.device.type == "cuda", {}, True
     more = quick and init is not None  # it is farther from the end than greedy seeds
     label = torch.zeros(len(x), dtype=torch.long, device=rows.device)
     for step in range(iterations * 6 // 5 if more else iterations):
         scan = scan or not quick or step % 6 == 0 or more and step == 1
-        sums, counts, moved = assign_all(rows, centroids, label, lists, 4 if quick else 1, scan=scan, half=half)
+        top = 4 if quick or half else 1  # float16 may rank the nearest second
+        sums, counts, moved = assign_all(rows, centroids, label, lists, top, scan=scan, half=half)
         empty = counts == 0
         refilled = empty.any() and refill(rows, centroids, label, empty, generator)
         centroids = torch.where(empty[:, None], centroids, sums / counts.clamp(min=1)[:, None])
         if step > 0 and scan and not refilled and moved <= quick * rows.total // 1000:
             break
-        scan = refilled or moved == 0  # then the lists have nothing more to give
+        scan = refilled or moved == 0  # the lists are out of date, or have nothing more to give
     empty = assign_all(rows, centroids, label, lists)[1] == 0
     while empty.any():
         if not refill(rows, centroids, label, empty, generator):
-            warnings.warn(f"k-means: only {k - int(empty.sum())} distinct rows for {k} clusters")
+            warnings.warn(f"k-means: only {k - int(empty.sum())} distinct rows (to six digits) for {k} clusters")
             break
         empty = assign_all(rows, centroids, label, lists, top=4, recheck=True)[1] == 0
     return centroids, label
@@ -1025,9 +1047,9 @@ def concentration(distance, counts, temperature):
 def hierarchy_from_centroids(x, raw_centroids, temperature, *, labels=None, device=None):
     """x (N, D), L x (K_l, D) centroids as k-means left them -> Hierarchy.
 
-    Level 0 lives among the rows of x, level l+1 among the normalised centroids of level l. Items go
-    to the nearest raw centroid (`labels`, L x (items,), saves the search). Under a process group x
-    is sharded, all else identical.
+    The items of level 0 are the rows of x, those of level l+1 the normalised centroids of level l. Each goes to the
+    nearest raw centroid, unless `labels` (a tensor a level) says where. Under a process group x is this rank's share;
+    all else is the same on every rank. A centroid at the origin stays 0.
     """
     prototypes, assign, phi, items = [], [], [], x
     for level, raw in enumerate(raw_centroids):
@@ -1059,9 +1081,9 @@ def hierarchical_kmeans(x, clusters, *, temperature, iterations=20, seed=0, devi
         raw.append(centroids)
         labels.append(label)
         of_image = label if level == 0 else label[of_image]
-        # An upper level's rows are centroids, however few images they stand for. A start without regard to that gives
-        # the clusters to outliers (images up to 14 % farther from their group's mean); with full regard, the rows fare
-        # worse than from a random start. The square root is better than that at both.
+        # An upper level clusters centroids, some of them of few images. Unweighted seeding spends seeds on those
+        # (images lie up to 14 % farther from their group's mean); weights equal to the images fit the centroids worse
+        # than a random start. The square root does better than a random start at both.
         items, weight = F.normalize(centroids, dim=1), all_reduce_sum(of_image.bincount(minlength=k)).sqrt()
     return hierarchy_from_centroids(x, raw, temperature, labels=labels, device=device)
 
@@ -1249,7 +1271,7 @@ def nearest_neighbours(x, k):
     x (n, D) float16, 32 or 64, read as float32 or 64; unit rows make the product a cosine. A row is no neighbour
     of its own, by its id: its exact double is one. Under a process group x holds this rank's rows, any number of
     them, ids are global, and the other ranks' rows pass by in blocks. Never an (n, N) matrix. Where products are
-    too close to call, float64 decides among four candidates more than k, and equal rows come by id.
+    too close to call, float64 decides among four candidates more than k; of these, equal rows come by id.
     ValueError: k not in 1..N-1, NaN or infinity.
     """
     rows = Rows(x, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
@@ -1274,7 +1296,8 @@ def nearest_neighbours(x, k):
         ids, block = ids[others], block[others]
         for a in parts if len(ids) else ():
             keep_nearest(sim[a], near[a], rows.read(a) @ block.T, ids)
-    close = sim[:, :-1] - sim[:, 1:] <= 1e-5 * sim[:, :-1].abs()  # float32 sums err by less than that
+    length = torch.cat([sim.new_zeros(0), *(block.norm(dim=1) for _, block in rows.blocks())])
+    close = sim[:, :-1] - sim[:, 1:] <= 1e-5 * rows.gather(length).max() * length[:, None]  # float32 errs by less
     close = close.any(1).nonzero()[:, 0]
     near[close] = by_true_products(rows, close, near[close])
     return near[:, :k]

@@ -9,7 +9,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from common import all_gather_rows, hierarchical_kmeans, hierarchy_from_centroids, kmeans
+from common import (
+    Rows,
+    all_gather_rows,
+    assign_all,
+    hierarchical_kmeans,
+    hierarchy_from_centroids,
+    kmeans,
+    near_centroids,
+)
 from test_losses import slow_distances, slow_lloyd
 
 
@@ -94,7 +102,7 @@ def test_close_rows_do_not_lose_their_cluster_to_rounding():
 def test_fewer_distinct_rows_than_clusters():
     x = unit(6, 5).repeat(30, 1)
     for init in (None, x[:9]):
-        with pytest.warns(UserWarning, match="only 6 distinct rows for 9 clusters"):
+        with pytest.warns(UserWarning, match="only 6 distinct rows .to six digits. for 9 clusters"):
             centroids, assign = kmeans(x, 9, init=init)
         assert assign.bincount(minlength=9).gt(0).sum() == 6 and centroids.isfinite().all()
         torch.testing.assert_close(centroids[assign], x)
@@ -107,8 +115,9 @@ def test_ties_go_to_the_lowest_id():
     x = torch.tensor([[-1.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
     assert kmeans(x, 2, iterations=0, init=x[[0, 2]])[1].tolist() == [0, 0, 1]
     x = unit(300, 3)
-    hierarchy = hierarchy_from_centroids(x, [x.repeat(2, 1)], 0.2)  # every centroid twice
-    assert torch.equal(hierarchy.assign[0], torch.arange(300))
+    for copies in (2, 6):
+        hierarchy = hierarchy_from_centroids(x, [x.repeat(copies, 1)], 0.2)
+        assert torch.equal(hierarchy.assign[0], torch.arange(300))
 
 
 def test_equal_seeds_give_equal_bits():
@@ -138,6 +147,35 @@ def test_collapsed_features():
     assert objective(x, centroids, assign) < 1.001 * best
 
 
+def test_half_precision_scores():
+    """What CUDA runs: float16 lists hold the nearest centroid, also of collapsed, equal and very uneven rows."""
+    x = unit(1500, 16)
+    far = x.clone()
+    far[0] *= 1e6
+    collapsed = F.normalize(torch.ones(16) / 4 + 0.01 * x, dim=1)
+    for rows in (x, collapsed, 1e-12 * x, far):
+        for k in (30, 517, 1000):
+            listed = near_centroids(rows, rows[-k:], 4, half=True)
+            if rows is far:
+                assert torch.equal(listed, near_centroids(rows, rows[-k:], 4))
+                continue
+            nearest = torch.cdist(rows.double(), rows[-k:].double()).argmin(1)
+            assert (listed == nearest[:, None]).any(1).all()
+    for rows in (torch.zeros(1200, 3), torch.full((1200, 3), 1e-22)):
+        assert near_centroids(rows, rows[:1000], 4, half=True).max() < 1000
+
+
+def test_objective_never_rises_with_half_precision_scores():
+    x = unit(2000, 6)
+    for k, top in ((40, 4), (1000, 4), (300, 1)):
+        rows, centroids, label, values = Rows(x), x[:k].clone(), torch.zeros(2000, dtype=torch.long), []
+        for _ in range(8):
+            sums, counts, _ = assign_all(rows, centroids, label, {}, top, half=True)
+            values.append(objective(x, centroids, label))
+            centroids = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centroids)
+        assert all(b <= a + 1e-7 for a, b in zip(values, values[1:])), values
+
+
 def test_memmap_is_read_in_blocks_with_equal_results(tmp_path):
     path = tmp_path / "rows.npy"
     x = unit(70000, 512).half()  # two blocks of at most 2^25 numbers
@@ -160,9 +198,14 @@ def test_bad_input_is_one_sentence():
                           (nan, 2, "2 of 10 rows hold NaN"), (inf, 2, "1 of 10 rows"), (x[0], 1, "shape")):
         with pytest.raises(ValueError, match=words):
             kmeans(bad, k)
-    for init in (x[:3], x[:2, :2], nan[3:5]):
+    for bad, k, words in ((1e20 * x, 2, "10 of 10 rows hold NaN, infinity or too large"), (x[:, :0], 2, "shape")):
+        with pytest.raises(ValueError, match=words):
+            kmeans(bad, k)
+    for init in (x[:3], x[:2, :2], nan[3:5], x[:2].tolist() + [[0, 0, 0]]):
         with pytest.raises(ValueError, match="init"):
             kmeans(x, 2, init=init)
+    with pytest.raises(ValueError, match="start_weight"):
+        kmeans(x, 2, start_weight=torch.ones(9))
     with pytest.raises(ValueError, match="20 clusters of 5"):
         hierarchical_kmeans(x, [5, 20], temperature=0.2)
 
