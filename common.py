@@ -872,9 +872,10 @@ def near_centroids(rows, centroids, top=1, half=False):
         y = ((y - mean) * scale).half() if half else y
         score = torch.addmm(bias, y, c, out=scores[:len(y)]).view(-1, strips, width)  # (n, S, W)
         best = score.amax(1) if strips > 1 else score[:, 0]  # (n, W)
-        block = best.max(1, keepdim=True).indices  # the lowest of equal ones, which topk does not promise
-        if top > 1:
-            block = torch.cat([block, best.scatter_(1, block, -math.inf).topk(top - 1).indices], 1)  # (n, top)
+        block = [best.max(1, keepdim=True).indices]  # the lowest of equal ones, which topk does not promise
+        while len(block) < top:
+            block.append(best.scatter_(1, block[-1], -math.inf).max(1, keepdim=True).indices)
+        block = torch.cat(block, 1)  # (n, top)
         if strips > 1:
             inside = score.gather(2, block[:, None].expand(-1, strips, -1))  # (n, S, top)
             block = block * strips + inside.argmax(1)
