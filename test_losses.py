@@ -1055,6 +1055,17 @@ def test_nearest_neighbours_close_to_a_tie():
     assert common.nearest_neighbours(x, 3)[0].tolist() == [3, 2, 1]
 
 
+def test_nearest_neighbours_with_products_near_zero():
+    """Six rows all but orthogonal to the first: only float64 tells their products apart."""
+    x = unit(20, 64).float().double()
+    across = F.normalize(x[1:] - (x[1:] @ x[0])[:, None] * x[0], dim=1)
+    lean = torch.full((19,), -0.1, dtype=torch.double)
+    lean[:6] = 3e-9 * torch.arange(6)
+    x = torch.cat([x[:1], across + lean[:, None] * x[0]]).float()
+    products = (x.double() @ x.double().T).fill_diagonal_(-math.inf)
+    assert torch.equal(common.nearest_neighbours(x, 3), products.topk(3).indices)
+
+
 def test_nearest_neighbours_golden():
     g = golden("csml")
     assert torch.equal(common.nearest_neighbours(g["knn_features"], g["knn_k"]), g["knn_index"])
