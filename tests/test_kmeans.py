@@ -68,6 +68,16 @@ def test_candidate_lists_reach_the_exact_objective():
     assert lists < 1.003 * exact
 
 
+def test_weights_decide_between_drawn_rows():
+    """Four groups around the mean, two of 60 rows of weight 1, two of 40 rows of weight 3: the seed goes to these."""
+    groups = torch.eye(2).repeat(2, 1) * torch.tensor([1.0, 1, -1, -1])[:, None]  # light, heavy, light, heavy
+    size = torch.tensor([60, 40, 60, 40])
+    x = groups.repeat_interleave(size, 0) + 0.01 * unit(200, 2)
+    weight = torch.tensor([1.0, 3, 1, 3]).repeat_interleave(size)
+    seeds = torch.cat([kmeans(x, 1, iterations=0, seed=seed, start_weight=weight)[0] for seed in range(30)])
+    assert seeds[:, 1].abs().gt(0.5).sum() >= 24
+
+
 def test_seeding_beats_random_rows():
     noise = 0.05 * torch.randn(2000, 16, generator=torch.Generator().manual_seed(0))
     x = F.normalize(unit(100, 16, 1).repeat(20, 1) + noise, dim=1)
@@ -163,6 +173,15 @@ def test_half_precision_scores():
             assert (listed == nearest[:, None]).any(1).all()
     for rows in (torch.zeros(1200, 3), torch.full((1200, 3), 1e-22)):
         assert near_centroids(rows, rows[:1000], 4, half=True).max() < 1000
+
+
+def test_the_label_so_far_stays_in_the_race():
+    """Centroids 1e-4 apart: float16 cannot tell them apart, so the one candidate is often a neighbour."""
+    x = torch.tensor([[1.0, 1.0], [-1.0, 1.0]]).repeat(1, 20).view(-1, 2) + 1e-4 * torch.arange(40)[:, None]
+    label = torch.arange(40)
+    assert not torch.equal(near_centroids(x, x, half=True)[:, 0], label)
+    assign_all(Rows(x), x, label, {}, 1, half=True)
+    assert torch.equal(label, torch.arange(40))
 
 
 def test_objective_never_rises_with_half_precision_scores():
