@@ -37,8 +37,6 @@ import functools
 import json
 import math
 import os
-import platform
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -50,10 +48,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
-from common import UserError, say
+import plumbing
+from common import Stop
+from plumbing import say
 
 NOTE = "best: the best epoch on the test pictures, an upper bound; --lr is chosen on them as well"
-IMAGE_SIZES = {"textures": 32, "cifar": 32, "photos": 96, "imagenet": 224}  # by common.preset_of(data)
+IMAGE_SIZES = {"textures": 32, "cifar": 32, "photos": 96, "imagenet": 224}  # by plumbing.preset_of(data)
 
 
 # ---- arguments
@@ -65,8 +65,8 @@ def fraction(text):
 
 
 def parse_args(argv=None):
-    p = common.Parser(description=__doc__, allow_abbrev=False, formatter_class=common.HelpFormatter)
-    add, positive = p.add_argument, common.positive
+    p = plumbing.Parser(description=__doc__, allow_abbrev=False, formatter_class=plumbing.HelpFormatter)
+    add, positive = p.add_argument, plumbing.positive
     add("--run", help="run folder: backbone.pt and, from config.json, data, arch, stem, image size, clusters")
     add("--backbone", metavar="FILE", help="weights: backbone.pt, checkpoint.pt, torchvision's, a state dict")
     add("--untrained", action="store_true", help="no weights: a freshly initialised backbone")
@@ -104,11 +104,11 @@ def parse_args(argv=None):
         p.set_defaults(**run_defaults(Path(args.run)))
         args = p.parse_args(argv)
     elif not (args.arch and (args.backbone or args.untrained)):
-        raise UserError("nothing to evaluate: give --run FOLDER, or --arch with --backbone FILE or --untrained")
+        raise Stop("nothing to evaluate: give --run FOLDER, or --arch with --backbone FILE or --untrained")
     if args.backbone and args.untrained:
-        raise UserError("--backbone and --untrained exclude each other: leave one out")
+        raise Stop("--backbone and --untrained exclude each other: leave one out")
     p.set_defaults(out=str(Path(args.run or ".") / "eval.json"),
-                   image_size=args.image_size or IMAGE_SIZES[common.preset_of(args.data)])
+                   image_size=args.image_size or IMAGE_SIZES[plumbing.preset_of(args.data)])
     return p.parse_args(argv)
 
 
@@ -116,14 +116,14 @@ def run_defaults(folder):
     """What config.json of a run says about its data and its backbone."""
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(f"{folder} is no run folder, it has no config.json: give the --out of a training run")
-    config = common.read_json(path)
+        raise Stop(f"{folder} is no run folder, it has no config.json: give the --out of a training run")
+    config = plumbing.read_json(path)
     names = ("data", "data_root", "arch", "stem", "image_size")
     try:
         return dict(clusters=config["derived"]["clusters"] or None, fingerprint=config["derived"]["fingerprint"],
                     **{name: config["arguments"][name] for name in names})
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is not of a training run ({error} is missing): give another --run") from error
+        raise Stop(f"{path} is not of a training run ({error} is missing): give another --run") from error
 
 
 # ---- measures: two labelings of the same n items, any integers or strings, compared
@@ -334,7 +334,7 @@ def splits(args, device):
     """Images: labelled for training, for test, all for the tree, and those that the cluster protocol takes."""
     every, test = common.load_data(args.data, args.data_root, device)
     if every.labels is None:
-        raise UserError(f"{args.data} carries no labels, so there is nothing to compare with: sort the pictures "
+        raise Stop(f"{args.data} carries no labels, so there is nothing to compare with: sort the pictures "
                         "into one sub-folder a class")
     known = (every.labels[:, 0] >= 0).nonzero()[:, 0]  # STL-10: most pictures carry no label
     if test is not None and test.class_names == every.class_names:
@@ -348,7 +348,7 @@ def find_backbone(state, source):
     """What torch.load gave -> (tensors under the backbone's prefix, by their names without it; all other names).
 
     `state` is a state dict, or holds one under "state_dict" or "model". Any prefix will do; where a query and a
-    key encoder are found, the query's is taken. Raises UserError, naming `source`, when there is no ResNet in it.
+    key encoder are found, the query's is taken. Raises Stop, naming `source`, when there is no ResNet in it.
     """
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
@@ -357,7 +357,7 @@ def find_backbone(state, source):
     mark = "layer1.0.conv1.weight"
     prefixes = [name[:-len(mark)] for name in names if name.endswith(mark)]
     if not prefixes:
-        raise UserError(f"{source} holds no weights of a ResNet (no name ends in {mark}): give another file")
+        raise Stop(f"{source} holds no weights of a ResNet (no name ends in {mark}): give another file")
     prefix = min(prefixes, key=lambda p: "encoder_k" in p)
     return ({name.removeprefix(prefix): state[name] for name in names if name.startswith(prefix)},
             [name for name in names if not name.startswith(prefix)])
@@ -367,7 +367,7 @@ def fit_backbone(network, state, others, source):
     """Load the backbone's tensors strictly; returns a sentence about those left out and those missing.
 
     Every tensor of the network must be there, in its shape, finite, and no further one of its stages; only the
-    counters of batches may be missing (old files have none). Raises UserError with the first misfit.
+    counters of batches may be missing (old files have none). Raises Stop with the first misfit.
     """
     wanted = network.state_dict()
     stages = {name.split(".")[0] for name in wanted}
@@ -382,7 +382,7 @@ def fit_backbone(network, state, others, source):
         elif not found[name].isfinite().all():
             wrong.append(f"{name} is not finite")
     if wrong:
-        raise UserError(f"{source} does not fit, {len(wrong)} tensors differ ({min(wrong)}): correct --arch (and "
+        raise Stop(f"{source} does not fit, {len(wrong)} tensors differ ({min(wrong)}): correct --arch (and "
                         "--stem), or give another file")
     network.load_state_dict({**wanted, **found}, strict=True)
     left_out = dict.fromkeys(".".join(name.split(".")[:2]) for name in [*state, *others] if name not in found)
@@ -395,10 +395,10 @@ def load_backbone(args):
     stem = args.stem or ("3x3" if args.image_size <= 64 else "7x7")
     path = None if args.untrained else Path(args.backbone or Path(args.run) / "backbone.pt")
     if path and not path.is_file():
-        raise UserError(f"{path} does not exist: " + ("correct --backbone" if args.backbone else
+        raise Stop(f"{path} does not exist: " + ("correct --backbone" if args.backbone else
                         f"let the run finish, or add --backbone {path.with_name('checkpoint.pt')}"))
     if path:
-        state, others = find_backbone(common.load_file(path), path)
+        state, others = find_backbone(plumbing.load_file(path), path)
         if not args.stem and torch.is_tensor(state.get("conv1.weight")):
             stem = "3x3" if state["conv1.weight"].shape[-1:] == (3,) else "7x7"
     network, width = common.backbone(args.arch, stem)
@@ -525,7 +525,8 @@ def vote_accuracy(votes, truth):
 def knn(task):
     """kNN: the rule of common.knn_classify, the neighbours looked up once for all label levels."""
     args, rows = task.args, []
-    sim, neighbours = common.top_neighbours(task.features(task.train), task.features(task.test), args.k)
+    sim, neighbours = common.largest_products(F.normalize(task.features(task.train), dim=1),
+                                              F.normalize(task.features(task.test), dim=1), args.k)
     sim, neighbours = sim.cpu().double(), neighbours.cpu()  # float64: no overflow at low temperatures
     y, test_y = labels_of(task.train), labels_of(task.test)
     for level in task.levels:
@@ -558,8 +559,8 @@ def finetune(task):
                 loss.backward()
                 optimizer.step()
             if not loss.isfinite():
-                raise common.RunError(f"the loss of fine-tuning is {loss.item()} in epoch {epoch + 1}: try a "
-                                      "lower --lr-trunk or --lr-head")
+                raise Stop(f"the loss of fine-tuning is {loss.item()} in epoch {epoch + 1}: try a lower --lr-trunk or "
+                           "--lr-head", code=1)
             if epoch + 1 == args.finetune_epochs or (epoch + 1) % math.ceil(args.finetune_epochs / 20) == 0:
                 logits = common.extract_features(model, task.test, args.image_size, device=device,
                                                  workers=args.workers)
@@ -602,7 +603,7 @@ def tree_of_run(path, names):
             raise ValueError("other pictures")
         return np.array([row[1:] for row in rows], dtype=np.int64).T
     except (ValueError, IndexError) as error:
-        raise UserError(f"{path} does not hold the tree of the run ({error}): restore it, or delete it") from error
+        raise Stop(f"{path} does not hold the tree of the run ({error}): restore it, or delete it") from error
 
 
 def hierarchy(task):
@@ -615,7 +616,7 @@ def hierarchy(task):
     trees = {"features": torch.stack(tree.assign).cpu().numpy()}  # (L, N)
     if own:
         folder.mkdir(exist_ok=True)
-        common.write_tree(folder, task.every, x, tree)
+        plumbing.write_tree(folder, task.every, x, tree)
         say(f"the tree of the features: {folder}/tree.png")
     left = Path(args.run or "") / "clusters.csv"
     if own and left.is_file() and args.fingerprint == task.every.fingerprint():
@@ -649,16 +650,16 @@ def check(args, train, every):
     """What the arguments ask of the data -> label levels compared, those of linear, clusters of the tree."""
     names, chosen = train.class_names, args.level or range(len(train.class_names))
     if bad := [level for level in chosen if level not in range(len(names))]:
-        raise UserError(f"--level {bad[0]} is not there: {args.data} has label levels 0 to {len(names) - 1}")
+        raise Stop(f"--level {bad[0]} is not there: {args.data} has label levels 0 to {len(names) - 1}")
     levels = [level for level in chosen if len(names[level]) > 1]
     if not levels or (args.level and len(levels) < len(chosen)):
-        raise UserError(f"{args.data} has one class only: give another --level or --data, nothing is to be "
+        raise Stop(f"{args.data} has one class only: give another --level or --data, nothing is to be "
                         "told apart here")
     if "knn" in args.protocol and args.k > len(train):
-        raise UserError(f"--k {args.k} is above the {len(train)} labelled training pictures: give a smaller one")
+        raise Stop(f"--k {args.k} is above the {len(train)} labelled training pictures: give a smaller one")
     clusters = args.clusters or sorted({len(names[level]) for level in levels}, reverse=True)
     if "hierarchy" in args.protocol and (clusters[0] > len(every) or clusters != sorted(set(clusters))[::-1]):
-        raise UserError(f"--clusters {' '.join(map(str, clusters))} must fall from level to level, finest first, and "
+        raise Stop(f"--clusters {' '.join(map(str, clusters))} must fall from level to level, finest first, and "
                         f"not be above the {len(every)} pictures of {args.data}")
     return levels, levels if args.level else levels[-1:], clusters
 
@@ -666,20 +667,20 @@ def check(args, train, every):
 def earlier_results(path):
     """The evaluations that --out holds already: they are kept."""
     if not path.parent.is_dir() or path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"--out {path} cannot be written: give a file in a folder that is there")
+        raise Stop(f"--out {path} cannot be written: give a file in a folder that is there")
     if not path.exists():
         return []
     try:
         before = json.loads(path.read_text())
         return [*before.pop("earlier"), before]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no result of this script, it is not overwritten: choose another --out") from error
+        raise Stop(f"{path} is no result of this script, it is not overwritten: choose another --out") from error
 
 
 def main(args):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("one process evaluates: start it with python, not with torchrun")
-    device = common.set_up(args)
+        raise Stop("one process evaluates: start it with python, not with torchrun")
+    device = plumbing.set_up(args)
     out = Path(args.out)
     earlier = earlier_results(out)
     network, width = load_backbone(args)
@@ -696,7 +697,7 @@ def main(args):
     def features(images):
         x = common.extract_features(network, images, args.image_size, device=device, workers=args.workers)
         if not x.isfinite().all():
-            raise UserError("the backbone's features are not finite: these weights do not suit this network")
+            raise Stop("the backbone's features are not finite: these weights do not suit this network")
         return x
 
     frozen = copy.deepcopy(network.state_dict())
@@ -712,11 +713,10 @@ def main(args):
     for title, rows in results.items():
         table(title, rows)
     say(f"\n{NOTE}")
-    common.write_atomically(out, lambda f: f.write(json.dumps(dict(
-        command=" ".join([Path(sys.executable).name, *sys.argv]), date=time.strftime("%Y-%m-%d"),
-        versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
-        arguments=vars(args), note=NOTE, pictures=dict(train=len(train), labelled=len(few), test=len(test)),
-        results=results, seconds=seconds, earlier=earlier), indent=1, allow_nan=False).encode()))
+    plumbing.write_json(out, dict(
+        **plumbing.circumstances(), arguments=vars(args), note=NOTE,
+        pictures=dict(train=len(train), labelled=len(few), test=len(test)),
+        results=results, seconds=seconds, earlier=earlier))
     say(f"results  {out}")
 
 
@@ -730,4 +730,4 @@ def assert_unchanged(network, frozen):
 
 # ---- entry
 if __name__ == "__main__":
-    common.launch(main, parse_args)
+    plumbing.launch(main, parse_args)

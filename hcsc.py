@@ -59,6 +59,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
+import plumbing
 
 # ---- [method] presets: one column a data scale, chosen by --data, printed at start
 PRESETS = {
@@ -87,8 +88,8 @@ AUGMENTATIONS = {
 
 # ---- [shared] arguments
 def shared_arguments():
-    p = common.Parser(description=__doc__, epilog=common.preset_table(PRESETS), allow_abbrev=False,
-                      formatter_class=common.HelpFormatter)
+    p = plumbing.Parser(description=__doc__, epilog=plumbing.preset_table(PRESETS), allow_abbrev=False,
+                      formatter_class=plumbing.HelpFormatter)
     add = p.add_argument
     add("--data", default="textures", help="textures, cifar10, cifar100, stl10 or a folder of pictures")
     add("--data-root", default="data", help="where torchvision's sets are kept")
@@ -98,21 +99,21 @@ def shared_arguments():
     add("--arch", help="tiny, or a torchvision model that ends in fc, as resnet50 (preset)")
     add("--stem", choices=list(common.STEMS), help="first layer: 3x3 without max-pool, or torchvision's (preset)")
     add("--projector", choices=["mlp", "mlp-bn"], help="two linear layers, or with batch norm between (preset)")
-    add("--image-size", type=common.positive(int), help="side of the views, pixels (preset)")
-    add("--dim", type=common.positive(int), default=128, help="width D of the embedding")
-    add("--epochs", type=common.positive(int), help="passes over the data (preset)")
-    add("--batch-size", type=common.positive(int), help="images a step, over all processes (preset)")
-    add("--base-lr", type=common.positive(float), help="lr = base-lr * batch-size / 256, cosine to 0 (preset)")
-    add("--weight-decay", type=common.positive(float, zero=True), help="on every parameter (preset)")
+    add("--image-size", type=plumbing.positive(int), help="side of the views, pixels (preset)")
+    add("--dim", type=plumbing.positive(int), default=128, help="width D of the embedding")
+    add("--epochs", type=plumbing.positive(int), help="passes over the data (preset)")
+    add("--batch-size", type=plumbing.positive(int), help="images a step, over all processes (preset)")
+    add("--base-lr", type=plumbing.positive(float), help="lr = base-lr * batch-size / 256, cosine to 0 (preset)")
+    add("--weight-decay", type=plumbing.positive(float, zero=True), help="on every parameter (preset)")
     add("--clusters", type=int, nargs="+", metavar="K", help="clusters a level, finest first; 0: none (preset)")
-    add("--warmup-epochs", type=common.positive(int, zero=True), help="epochs before the hierarchy (preset)")
+    add("--warmup-epochs", type=plumbing.positive(int, zero=True), help="epochs before the hierarchy (preset)")
     add("--seed", type=int, default=0, help="of everything random")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
-    add("--workers", type=common.positive(int, zero=True), default=4,
+    add("--workers", type=plumbing.positive(int, zero=True), default=4,
         help="processes that decode pictures too large or too many to keep in memory")
     add("--amp", action="store_true", help="bfloat16 autocast in the networks; losses stay float32")
     add("--compile", action="store_true", help="torch.compile the encoders")
-    add("--eval-every", type=common.positive(int), default=1, help="epochs between kNN evaluations")
+    add("--eval-every", type=plumbing.positive(int), default=1, help="epochs between kNN evaluations")
     add("--tensorboard", action="store_true", help="also write the log for tensorboard, if it is installed")
     return p
 
@@ -121,9 +122,9 @@ def shared_arguments():
 def parse_args(argv=None):
     p = shared_arguments()
     add = p.add_argument
-    add("--temperature", type=common.positive(float), default=0.2, help="of InfoNCE (MoCo v2)")
-    add("--queue-size", type=common.positive(int), help="negatives Q kept (MoCo; preset)")
-    add("--ema-momentum", type=common.positive(float, zero=True, most=1),
+    add("--temperature", type=plumbing.positive(float), default=0.2, help="of InfoNCE (MoCo v2)")
+    add("--queue-size", type=plumbing.positive(int), help="negatives Q kept (MoCo; preset)")
+    add("--ema-momentum", type=plumbing.positive(float, zero=True, most=1),
         help="m: theta_k <- m theta_k + (1-m) theta_q (MoCo Eq. 2; preset)")
     add("--bn", choices=["sync", "shuffle"], help="batch norm under torchrun: over all, or MoCo's own (preset)")
     add("--release", action="store_true", help="the authors' code instead of the paper (H1-H6 in the docstring)")
@@ -131,7 +132,7 @@ def parse_args(argv=None):
     add("--no-instance-selection", action="store_true", help="keep all of the queue as negatives (ablation)")
     add("--no-prototype-selection", action="store_true", help="keep all prototypes as negatives (ablation)")
     add("--local-selection", action="store_true", help="instance selection for small crops too (release: off)")
-    return common.resolve_arguments(p, PRESETS, argv)
+    return plumbing.resolve_arguments(p, PRESETS, argv)
 
 
 # ---- [shared] encoder
@@ -175,12 +176,16 @@ class MoCo(nn.Module):
         self.queue_ptr.copy_((self.queue_ptr + len(keys)) % size)
 
 
-def shuffled_batch_norm(encode, view, generator):
-    """MoCo's shuffled BN: keys (b, D) computed in batches mixed across ranks, so that statistics tell nothing."""
-    everyone = common.all_gather_rows(view)  # (B, 3, H, W) of all ranks
+def keys(encode, view, bn, generator):
+    """Keys (b, D) of the views (b, 3, S, S); bn "shuffle": in batches mixed across processes (MoCo's shuffled BN), so
+    that a batch's statistics do not tell which key belongs to which query. One process has nobody to mix with.
+    """
+    if bn == "sync" or common.processes() == 1:
+        return encode(view)
+    everyone = common.all_gather_rows(view)  # (B, 3, S, S) of all processes
     order, mine = torch.randperm(len(everyone), generator=generator), common.local_rows(len(everyone))
-    keys = common.all_gather_rows(encode(everyone[order[mine]]))  # (B, D) in shuffled order
-    return keys[order.argsort()[mine].to(keys.device)]
+    shuffled = common.all_gather_rows(encode(everyone[order[mine]]))  # (B, D)
+    return shuffled[order.argsort()[mine].to(shuffled.device)]
 
 
 # ---- [method] draws and loss
@@ -241,21 +246,20 @@ def info_nce(q, k, queue, temperature):
 
 def main(args):
     # ---- [shared] data
-    device = common.set_up(args)
-    run = common.Run(args)
+    device = plumbing.set_up(args)
+    run = plumbing.Run(args)
     train, test = common.load_data(args.data, args.data_root, device)
-    batch_size = common.fit_batch(args, len(train))
-    clusters = common.fit_clusters(args, len(train))
+    batch_size = plumbing.fit_batch(args, len(train))
+    clusters = plumbing.fit_clusters(args, len(train))
     steps_per_epoch = len(train) // batch_size
     peak_lr = args.base_lr * batch_size / 256
     augmentation = AUGMENTATIONS[args.preset]._replace(size=args.image_size)
-    loader = dict(device=device, workers=args.workers)
 
     # ---- [method] model
-    queue_size = common.at_most("queue_size", args.queue_size, len(train), args)
+    queue_size = plumbing.fit("queue_size", args, at_most=len(train))
     model = MoCo(Encoder(args.arch, args.stem, args.projector, args.dim), args.dim, queue_size)
     if args.bn == "sync":
-        common.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
+        plumbing.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
     model.to(device, memory_format=torch.channels_last)
     encode_q, encode_k = (torch.compile(encoder) if args.compile else encoder
                           for encoder in (model.encoder_q, model.encoder_k))
@@ -271,33 +275,24 @@ def main(args):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], peak_lr,
                                 momentum=0.9, weight_decay=args.weight_decay)
 
-    # ---- [shared] resume
-    run.start(args, dict(pictures=len(train), fingerprint=train.fingerprint(), clusters=clusters,
-                         batch_size=batch_size, peak_lr=peak_lr, steps_per_epoch=steps_per_epoch,
-                         processes=common.world()[1], device=str(device),
-                         chance_level_loss={name: round(loss, 4) for name, loss in chance.items()}))
-    hierarchy, meter, start_epoch, start_step = None, common.Meter(), 0, 0
-    if state := run.load(device, model=model, optimizer=optimizer):
-        start_epoch, start_step = state["epoch"], state["step"]
-        hierarchy = state["hierarchy"] and common.Hierarchy(*state["hierarchy"])
-        meter = common.Meter(state["meter"])
+    # ---- [shared: tree] start, or resume
+    run.start(train, device, clusters=clusters, batch_size=batch_size, steps_per_epoch=steps_per_epoch,
+              peak_lr=peak_lr, chance_level_loss={name: round(loss, 4) for name, loss in chance.items()})
+    start_epoch, start_step, hierarchy = run.resume(device, model=model, optimizer=optimizer)
+    hierarchy = hierarchy and common.Hierarchy(*hierarchy)
 
-    def save(epoch, step):
-        run.save(model=model.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch, step=step,
-                 hierarchy=hierarchy and tuple(hierarchy), meter=meter.state())
+    def features(network, images):  # (n, F) of this process's pictures, in evaluation mode
+        return common.extract_features(network, images, args.image_size, device=device, workers=args.workers,
+                                       amp=args.amp)
 
-    def features(network, images):  # (n, F) of this rank's rows, in evaluation mode
-        return common.extract_features(network, images, args.image_size, amp=args.amp, **loader)
-
-    def knn():  # percent a label level
+    def knn():  # percent a label depth
         return common.knn_accuracy(train, test, lambda images: features(exported.backbone, images))
 
-    def grow_tree(x, seed):  # this rank's features (n, D), unit rows -> the Hierarchy of all N images
-        hierarchy = common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=seed)
-        return hierarchy._replace(assign=[common.all_gather_rows(assign) for assign in hierarchy.assign])
+    def grow_tree(x, seed):  # features (n, D) of this process's pictures -> the Hierarchy of all N
+        return common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=seed)
 
     # ---- [shared] epochs
-    if not run.rows(before=start_epoch + 1):
+    if start_epoch == start_step == 0:
         run.write(dict(epoch=0, knn=knn(), knn_pixels=common.knn_of_pixels(train, test, args.image_size, device)))
     for epoch in range(start_epoch, args.epochs):
 
@@ -306,16 +301,15 @@ def main(args):
             hierarchy = grow_tree(F.normalize(features(clustered, train), dim=1), seed=args.seed + epoch)
 
         # ---- [shared] batches
-        batches = common.batches(train, batch_size, views, seed=args.seed, epoch=epoch, start=start_step, **loader)
-        batches = meter.timed(common.progress(batches, steps_per_epoch - start_step, epoch))
-        for step, index, crops in batches:
-            done = (epoch + step / steps_per_epoch) / args.epochs
-            place = (args.seed, epoch, step)
+        batches = common.batches(train, batch_size, views, seed=args.seed, epoch=epoch, start=start_step, device=device,
+                                 workers=args.workers)
+        for step, index, crops in run.timed(batches, epoch, steps_per_epoch - start_step):
+            done = (epoch + step / steps_per_epoch) / args.epochs  # share of the run
+            place = (args.seed, epoch, step)  # what every draw follows from
 
             # ---- [shared: cosine] learning rate
             lr = 0.5 * peak_lr * (1 + math.cos(math.pi * done))
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            plumbing.set_lr(optimizer, lr)
 
             # ---- [shared: moco] queries and keys
             view_q, view_k = crops[:2]
@@ -323,10 +317,7 @@ def main(args):
                 raw = encode_q(view_q).float()  # (B, D)
                 with torch.no_grad():  # no gradient to keys
                     model.update_key_encoder(args.ema_momentum)  # before encoding
-                    if args.bn == "shuffle" and common.world()[1] > 1:
-                        k = shuffled_batch_norm(encode_k, view_k, common.random_state(*place, "shuffle")).float()
-                    else:
-                        k = encode_k(view_k).float()
+                    k = keys(encode_k, view_k, args.bn, common.random_state(*place, "shuffle")).float()
             q, k = F.normalize(raw, dim=1), F.normalize(k, dim=1)
 
             # ---- [method] small crops
@@ -334,7 +325,7 @@ def main(args):
             for view in crops[2:]:
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                     queries.append(F.normalize(encode_q(view).float(), dim=1))
-            watched = {"feature_std": common.feature_std(q)}
+            watched = {"feature_std": plumbing.feature_std(q)}
 
             # ---- [method] losses: the queue is that of before this step
             if not hierarchy:
@@ -356,34 +347,27 @@ def main(args):
                     watched |= {f"{name}_{level}": 1 - mask.float().mean() for level, mask in enumerate(masks)}
 
             # ---- [shared] step
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             sum(losses.values()).backward()
-            common.average_gradients(model.parameters())
+            plumbing.average_gradients(model.parameters())
             optimizer.step()
 
             # ---- [shared: moco] queue
             model.enqueue(common.all_gather_rows(k))
 
-            # ---- [shared] log
-            meter.add(step, {**losses, **watched})
-            run.stop_if_asked(lambda: save(epoch, step + 1))
-        last = epoch + 1 == args.epochs
-        run.write(dict(epoch=epoch + 1, **meter.means(), lr=optimizer.param_groups[0]["lr"],
-                       **meter.speed(batch_size),
-                       knn=knn() if last or (epoch + 1) % args.eval_every == 0 else None,
-                       clusters_in_use=hierarchy and common.clusters_in_use(hierarchy),
-                       unreadable=len(train.unreadable)))
-        meter, start_step = common.Meter(), 0
-        save(epoch + 1, 0)
+            # ---- [shared: tree] log
+            run.end_step(epoch, step, {**losses, **watched}, hierarchy)
+        run.end_epoch(epoch, hierarchy, knn, clusters_in_use=hierarchy and common.clusters_in_use(hierarchy))
+        start_step = 0
 
-    # ---- [shared] what remains
+    # ---- [shared: tree] what remains
     run.save_backbone(exported.backbone)
     if clusters:
         x = F.normalize(features(clustered, train), dim=1)
-        common.write_tree(run.folder, train, x, grow_tree(x, seed=args.seed))
-    common.verdict(run, train)
+        plumbing.write_tree(run.folder, train, x, grow_tree(x, seed=args.seed))
+    run.verdict()
 
 
 # ---- [shared] entry
 if __name__ == "__main__":
-    common.launch(main, parse_args)
+    plumbing.launch(main, parse_args)

@@ -51,6 +51,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
+import plumbing
 
 # ---- [method] presets: one column a data scale, chosen by --data, printed at start
 PRESETS = {
@@ -79,8 +80,8 @@ AUGMENTATIONS = {
 
 # ---- [shared] arguments
 def shared_arguments():
-    p = common.Parser(description=__doc__, epilog=common.preset_table(PRESETS), allow_abbrev=False,
-                      formatter_class=common.HelpFormatter)
+    p = plumbing.Parser(description=__doc__, epilog=plumbing.preset_table(PRESETS), allow_abbrev=False,
+                      formatter_class=plumbing.HelpFormatter)
     add = p.add_argument
     add("--data", default="textures", help="textures, cifar10, cifar100, stl10 or a folder of pictures")
     add("--data-root", default="data", help="where torchvision's sets are kept")
@@ -90,21 +91,21 @@ def shared_arguments():
     add("--arch", help="tiny, or a torchvision model that ends in fc, as resnet50 (preset)")
     add("--stem", choices=list(common.STEMS), help="first layer: 3x3 without max-pool, or torchvision's (preset)")
     add("--projector", choices=["mlp", "mlp-bn"], help="two linear layers, or with batch norm between (preset)")
-    add("--image-size", type=common.positive(int), help="side of the views, pixels (preset)")
-    add("--dim", type=common.positive(int), default=128, help="width D of the embedding")
-    add("--epochs", type=common.positive(int), help="passes over the data (preset)")
-    add("--batch-size", type=common.positive(int), help="images a step, over all processes (preset)")
-    add("--base-lr", type=common.positive(float), help="lr = base-lr * batch-size / 256, cosine to 0 (preset)")
-    add("--weight-decay", type=common.positive(float, zero=True), help="on every parameter (preset)")
+    add("--image-size", type=plumbing.positive(int), help="side of the views, pixels (preset)")
+    add("--dim", type=plumbing.positive(int), default=128, help="width D of the embedding")
+    add("--epochs", type=plumbing.positive(int), help="passes over the data (preset)")
+    add("--batch-size", type=plumbing.positive(int), help="images a step, over all processes (preset)")
+    add("--base-lr", type=plumbing.positive(float), help="lr = base-lr * batch-size / 256, cosine to 0 (preset)")
+    add("--weight-decay", type=plumbing.positive(float, zero=True), help="on every parameter (preset)")
     add("--clusters", type=int, nargs="+", metavar="K", help="clusters a level, finest first; 0: none (preset)")
-    add("--warmup-epochs", type=common.positive(int, zero=True), help="epochs before the hierarchy (preset)")
+    add("--warmup-epochs", type=plumbing.positive(int, zero=True), help="epochs before the hierarchy (preset)")
     add("--seed", type=int, default=0, help="of everything random")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
-    add("--workers", type=common.positive(int, zero=True), default=4,
+    add("--workers", type=plumbing.positive(int, zero=True), default=4,
         help="processes that decode pictures too large or too many to keep in memory")
     add("--amp", action="store_true", help="bfloat16 autocast in the networks; losses stay float32")
     add("--compile", action="store_true", help="torch.compile the encoders")
-    add("--eval-every", type=common.positive(int), default=1, help="epochs between kNN evaluations")
+    add("--eval-every", type=plumbing.positive(int), default=1, help="epochs between kNN evaluations")
     add("--tensorboard", action="store_true", help="also write the log for tensorboard, if it is installed")
     return p
 
@@ -113,13 +114,13 @@ def shared_arguments():
 def parse_args(argv=None):
     p = shared_arguments()
     add = p.add_argument
-    add("--temperature", type=common.positive(float), help="of NT-Xent (SimCLR; preset)")
+    add("--temperature", type=plumbing.positive(float), help="of NT-Xent (SimCLR; preset)")
     add("--optimizer", choices=["sgd", "lars"], help="momentum SGD, or LARS for large batches (SimCLR; preset)")
-    add("--lr-warmup", type=common.positive(float, zero=True, most=1),
+    add("--lr-warmup", type=plumbing.positive(float, zero=True, most=1),
         help="share of the run over which the learning rate rises from 0 (SimCLR; preset)")
-    add("--negative-paths", type=common.positive(int), help="M random paths an image (HIRL; preset)")
-    add("--path-weight", type=common.positive(float), default=1.0, help="of the path loss (HIRL: 1)")
-    return common.resolve_arguments(p, PRESETS, argv)
+    add("--negative-paths", type=plumbing.positive(int), help="M random paths an image (HIRL; preset)")
+    add("--path-weight", type=plumbing.positive(float), default=1.0, help="of the path loss (HIRL: 1)")
+    return plumbing.resolve_arguments(p, PRESETS, argv)
 
 
 # ---- [shared] encoder
@@ -188,21 +189,20 @@ class LARS(torch.optim.Optimizer):
 
 def main(args):
     # ---- [shared] data
-    device = common.set_up(args)
-    run = common.Run(args)
+    device = plumbing.set_up(args)
+    run = plumbing.Run(args)
     train, test = common.load_data(args.data, args.data_root, device)
-    batch_size = common.fit_batch(args, len(train))
-    clusters = common.fit_clusters(args, len(train))
+    batch_size = plumbing.fit_batch(args, len(train))
+    clusters = plumbing.fit_clusters(args, len(train))
     steps_per_epoch = len(train) // batch_size
     peak_lr = args.base_lr * batch_size / 256
     augmentation = AUGMENTATIONS[args.preset]._replace(size=args.image_size)
-    loader = dict(device=device, workers=args.workers)
 
     # ---- [method] model
     model = nn.Module()
     model.encoder = Encoder(args.arch, args.stem, args.projector, args.dim)
     model.heads = nn.ModuleList(level_head(args.dim) for _ in clusters)  # last: the rest starts as without them
-    common.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
+    plumbing.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
     model.to(device, memory_format=torch.channels_last)
     encode = torch.compile(model.encoder) if args.compile else model.encoder
     chance = {"simclr": math.log(2 * batch_size - 1)}
@@ -213,33 +213,24 @@ def main(args):
     make = dict(sgd=torch.optim.SGD, lars=LARS)[args.optimizer]
     optimizer = make(model.parameters(), peak_lr, momentum=0.9, weight_decay=args.weight_decay)
 
-    # ---- [shared] resume
-    run.start(args, dict(pictures=len(train), fingerprint=train.fingerprint(), clusters=clusters,
-                         batch_size=batch_size, peak_lr=peak_lr, steps_per_epoch=steps_per_epoch,
-                         processes=common.world()[1], device=str(device),
-                         chance_level_loss={name: round(loss, 4) for name, loss in chance.items()}))
-    hierarchy, meter, start_epoch, start_step = None, common.Meter(), 0, 0
-    if state := run.load(device, model=model, optimizer=optimizer):
-        start_epoch, start_step = state["epoch"], state["step"]
-        hierarchy = state["hierarchy"] and common.Hierarchy(*state["hierarchy"])
-        meter = common.Meter(state["meter"])
+    # ---- [shared: tree] start, or resume
+    run.start(train, device, clusters=clusters, batch_size=batch_size, steps_per_epoch=steps_per_epoch,
+              peak_lr=peak_lr, chance_level_loss={name: round(loss, 4) for name, loss in chance.items()})
+    start_epoch, start_step, hierarchy = run.resume(device, model=model, optimizer=optimizer)
+    hierarchy = hierarchy and common.Hierarchy(*hierarchy)
 
-    def save(epoch, step):
-        run.save(model=model.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch, step=step,
-                 hierarchy=hierarchy and tuple(hierarchy), meter=meter.state())
+    def features(network, images):  # (n, F) of this process's pictures, in evaluation mode
+        return common.extract_features(network, images, args.image_size, device=device, workers=args.workers,
+                                       amp=args.amp)
 
-    def features(network, images):  # (n, F) of this rank's rows, in evaluation mode
-        return common.extract_features(network, images, args.image_size, amp=args.amp, **loader)
-
-    def knn():  # percent a label level
+    def knn():  # percent a label depth
         return common.knn_accuracy(train, test, lambda images: features(exported.backbone, images))
 
-    def grow_tree(x, seed):  # this rank's features (n, D), unit rows -> the Hierarchy of all N images
-        hierarchy = common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=seed)
-        return hierarchy._replace(assign=[common.all_gather_rows(assign) for assign in hierarchy.assign])
+    def grow_tree(x, seed):  # features (n, D) of this process's pictures -> the Hierarchy of all N
+        return common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=seed)
 
     # ---- [shared] epochs
-    if not run.rows(before=start_epoch + 1):
+    if start_epoch == start_step == 0:
         run.write(dict(epoch=0, knn=knn(), knn_pixels=common.knn_of_pixels(train, test, args.image_size, device)))
     for epoch in range(start_epoch, args.epochs):
 
@@ -248,17 +239,16 @@ def main(args):
             hierarchy = grow_tree(F.normalize(features(clustered, train), dim=1), seed=args.seed + epoch)
 
         # ---- [shared] batches
-        batches = common.batches(train, batch_size, views, seed=args.seed, epoch=epoch, start=start_step, **loader)
-        batches = meter.timed(common.progress(batches, steps_per_epoch - start_step, epoch))
-        for step, index, crops in batches:
-            done = (epoch + step / steps_per_epoch) / args.epochs
-            place = (args.seed, epoch, step)
+        batches = common.batches(train, batch_size, views, seed=args.seed, epoch=epoch, start=start_step, device=device,
+                                 workers=args.workers)
+        for step, index, crops in run.timed(batches, epoch, steps_per_epoch - start_step):
+            done = (epoch + step / steps_per_epoch) / args.epochs  # share of the run
+            place = (args.seed, epoch, step)  # what every draw follows from
 
             # ---- [method] learning rate
             lr = peak_lr * done / args.lr_warmup if done < args.lr_warmup else 0.5 * peak_lr * (
                 1 + math.cos(math.pi * (done - args.lr_warmup) / (1 - args.lr_warmup)))
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            plumbing.set_lr(optimizer, lr)
 
             # ---- [method] both views
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
@@ -268,42 +258,35 @@ def main(args):
             # ---- [method] base loss
             everyone = map(common.all_gather_rows_with_grad, (z1, z2))  # of all processes
             losses = {"simclr": nt_xent(*everyone, args.temperature)}
-            watched = {"feature_std": common.feature_std(z1)}
+            watched = {"feature_std": plumbing.feature_std(z1)}
 
             # ---- [shared: hirl] path loss
             if hierarchy:
                 z = F.normalize(torch.stack([head(raw) for head in model.heads], dim=1), dim=2)  # (B, L, D)
                 leaves = torch.randint(len(hierarchy.prototypes[0]), (batch_size, args.negative_paths),
                                        generator=common.random_state(*place, "negative paths"))
-                leaves = leaves[common.local_rows(batch_size)].to(device)  # (B, M)
+                leaves = leaves[common.local_rows(batch_size)].to(device)  # (B, M) random paths, by their leaf
                 losses["path"] = args.path_weight * common.semantic_path_loss(z, hierarchy, index, leaves)
 
             # ---- [shared] step
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             sum(losses.values()).backward()
-            common.average_gradients(model.parameters())
+            plumbing.average_gradients(model.parameters())
             optimizer.step()
 
-            # ---- [shared] log
-            meter.add(step, {**losses, **watched})
-            run.stop_if_asked(lambda: save(epoch, step + 1))
-        last = epoch + 1 == args.epochs
-        run.write(dict(epoch=epoch + 1, **meter.means(), lr=optimizer.param_groups[0]["lr"],
-                       **meter.speed(batch_size),
-                       knn=knn() if last or (epoch + 1) % args.eval_every == 0 else None,
-                       clusters_in_use=hierarchy and common.clusters_in_use(hierarchy),
-                       unreadable=len(train.unreadable)))
-        meter, start_step = common.Meter(), 0
-        save(epoch + 1, 0)
+            # ---- [shared: tree] log
+            run.end_step(epoch, step, {**losses, **watched}, hierarchy)
+        run.end_epoch(epoch, hierarchy, knn, clusters_in_use=hierarchy and common.clusters_in_use(hierarchy))
+        start_step = 0
 
-    # ---- [shared] what remains
+    # ---- [shared: tree] what remains
     run.save_backbone(exported.backbone)
     if clusters:
         x = F.normalize(features(clustered, train), dim=1)
-        common.write_tree(run.folder, train, x, grow_tree(x, seed=args.seed))
-    common.verdict(run, train)
+        plumbing.write_tree(run.folder, train, x, grow_tree(x, seed=args.seed))
+    run.verdict()
 
 
 # ---- [shared] entry
 if __name__ == "__main__":
-    common.launch(main, parse_args)
+    plumbing.launch(main, parse_args)

@@ -58,6 +58,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
+import plumbing
 
 # ---- [method] presets: one column a data scale, chosen by --data, printed at start
 PRESETS = {
@@ -91,8 +92,8 @@ LOCAL_SCALE = {"textures": (0.15, 0.4), "cifar": (0.08, 0.2), "photos": (0.05, 0
 
 # ---- [shared] arguments
 def shared_arguments():
-    p = common.Parser(description=__doc__, epilog=common.preset_table(PRESETS), allow_abbrev=False,
-                      formatter_class=common.HelpFormatter)
+    p = plumbing.Parser(description=__doc__, epilog=plumbing.preset_table(PRESETS), allow_abbrev=False,
+                      formatter_class=plumbing.HelpFormatter)
     add = p.add_argument
     add("--data", default="textures", help="textures, cifar10, cifar100, stl10 or a folder of pictures")
     add("--data-root", default="data", help="where torchvision's sets are kept")
@@ -102,21 +103,21 @@ def shared_arguments():
     add("--arch", help="tiny, or a torchvision model that ends in fc, as resnet50 (preset)")
     add("--stem", choices=list(common.STEMS), help="first layer: 3x3 without max-pool, or torchvision's (preset)")
     add("--projector", choices=["mlp", "mlp-bn"], help="two linear layers, or with batch norm between (preset)")
-    add("--image-size", type=common.positive(int), help="side of the views, pixels (preset)")
-    add("--dim", type=common.positive(int), default=128, help="width D of the embedding")
-    add("--epochs", type=common.positive(int), help="passes over the data (preset)")
-    add("--batch-size", type=common.positive(int), help="images a step, over all processes (preset)")
-    add("--base-lr", type=common.positive(float), help="lr = base-lr * batch-size / 256, cosine to 0 (preset)")
-    add("--weight-decay", type=common.positive(float, zero=True), help="on every parameter (preset)")
+    add("--image-size", type=plumbing.positive(int), help="side of the views, pixels (preset)")
+    add("--dim", type=plumbing.positive(int), default=128, help="width D of the embedding")
+    add("--epochs", type=plumbing.positive(int), help="passes over the data (preset)")
+    add("--batch-size", type=plumbing.positive(int), help="images a step, over all processes (preset)")
+    add("--base-lr", type=plumbing.positive(float), help="lr = base-lr * batch-size / 256, cosine to 0 (preset)")
+    add("--weight-decay", type=plumbing.positive(float, zero=True), help="on every parameter (preset)")
     add("--clusters", type=int, nargs="+", metavar="K", help="clusters a level, finest first; 0: none (preset)")
-    add("--warmup-epochs", type=common.positive(int, zero=True), help="epochs before the hierarchy (preset)")
+    add("--warmup-epochs", type=plumbing.positive(int, zero=True), help="epochs before the hierarchy (preset)")
     add("--seed", type=int, default=0, help="of everything random")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
-    add("--workers", type=common.positive(int, zero=True), default=4,
+    add("--workers", type=plumbing.positive(int, zero=True), default=4,
         help="processes that decode pictures too large or too many to keep in memory")
     add("--amp", action="store_true", help="bfloat16 autocast in the networks; losses stay float32")
     add("--compile", action="store_true", help="torch.compile the encoders")
-    add("--eval-every", type=common.positive(int), default=1, help="epochs between kNN evaluations")
+    add("--eval-every", type=plumbing.positive(int), default=1, help="epochs between kNN evaluations")
     add("--tensorboard", action="store_true", help="also write the log for tensorboard, if it is installed")
     return p
 
@@ -125,26 +126,26 @@ def shared_arguments():
 def parse_args(argv=None):
     p = shared_arguments()
     add = p.add_argument
-    add("--temperature", type=common.positive(float), default=0.1, help="of the predictions (SwAV)")
-    add("--epsilon", type=common.positive(float), help="of Sinkhorn, larger: softer assignments (SwAV: 0.05; preset)")
-    add("--sinkhorn-iterations", type=common.positive(int), default=3, help="of Sinkhorn (SwAV)")
-    add("--prototypes", type=common.positive(int), help="learnt prototypes P (SwAV; preset)")
-    add("--freeze-prototypes", type=common.positive(int, zero=True), help="first steps that leave them (SwAV; preset)")
-    add("--local-crops", type=common.positive(int, zero=True), help="small crops V beside two global ones (preset)")
-    add("--local-size", type=common.positive(int), help="side of the small crops, pixels (preset)")
-    add("--queue-size", type=common.positive(int, zero=True),
+    add("--temperature", type=plumbing.positive(float), default=0.1, help="of the predictions (SwAV)")
+    add("--epsilon", type=plumbing.positive(float), help="of Sinkhorn, larger: softer assignments (SwAV: 0.05; preset)")
+    add("--sinkhorn-iterations", type=plumbing.positive(int), default=3, help="of Sinkhorn (SwAV)")
+    add("--prototypes", type=plumbing.positive(int), help="learnt prototypes P (SwAV; preset)")
+    add("--freeze-prototypes", type=plumbing.positive(int, zero=True), help="first steps that leave them (SwAV; preset)")
+    add("--local-crops", type=plumbing.positive(int, zero=True), help="small crops V beside two global ones (preset)")
+    add("--local-size", type=plumbing.positive(int), help="side of the small crops, pixels (preset)")
+    add("--queue-size", type=plumbing.positive(int, zero=True),
         help="past images Q that take part in Sinkhorn, 0: none (SwAV; preset)")
-    add("--queue-epoch", type=common.positive(int, zero=True), help="epochs before the queue fills (SwAV; preset)")
+    add("--queue-epoch", type=plumbing.positive(int, zero=True), help="epochs before the queue fills (SwAV; preset)")
     add("--optimizer", choices=["larc", "sgd"], help="SGD, or with LARC's rate a tensor (preset)")
-    add("--start-lr", type=common.positive(float, zero=True), help="lr at the start, scaled as --base-lr (preset)")
-    add("--final-lr", type=common.positive(float, zero=True), help="lr at the end, scaled as --base-lr (preset)")
-    add("--lr-warmup", type=common.positive(float, zero=True, most=1), default=0.05,
+    add("--start-lr", type=plumbing.positive(float, zero=True), help="lr at the start, scaled as --base-lr (preset)")
+    add("--final-lr", type=plumbing.positive(float, zero=True), help="lr at the end, scaled as --base-lr (preset)")
+    add("--lr-warmup", type=plumbing.positive(float, zero=True, most=1), default=0.05,
         help="share of the run in which lr rises to its peak (SwAV: 10 epochs)")
-    add("--negative-paths", type=common.positive(int), help="M random paths an image (HIRL; preset)")
-    add("--path-weight", type=common.positive(float), default=1.0, help="of the path loss (HIRL: 1)")
-    add("--reassign", action=common.argparse.BooleanOptionalAction, default=True,
+    add("--negative-paths", type=plumbing.positive(int), help="M random paths an image (HIRL; preset)")
+    add("--path-weight", type=plumbing.positive(float), default=1.0, help="of the path loss (HIRL: 1)")
+    add("--reassign", action=plumbing.argparse.BooleanOptionalAction, default=True,
         help="move a step's images to their nearest leaf (HIRL's SwAV)")
-    return common.resolve_arguments(p, PRESETS, argv)
+    return plumbing.resolve_arguments(p, PRESETS, argv)
 
 
 # ---- [shared] encoder
@@ -279,21 +280,20 @@ def learning_rate(done, peak, start, final, warmup):
 
 def main(args):
     # ---- [shared] data
-    device = common.set_up(args)
-    run = common.Run(args)
+    device = plumbing.set_up(args)
+    run = plumbing.Run(args)
     train, test = common.load_data(args.data, args.data_root, device)
-    batch_size = common.fit_batch(args, len(train))
-    clusters = common.fit_clusters(args, len(train))
+    batch_size = plumbing.fit_batch(args, len(train))
+    clusters = plumbing.fit_clusters(args, len(train))
     steps_per_epoch = len(train) // batch_size
     peak_lr = args.base_lr * batch_size / 256
     augmentation = AUGMENTATIONS[args.preset]._replace(size=args.image_size)
-    loader = dict(device=device, workers=args.workers)
 
     # ---- [method] model
-    queue_size = common.at_most("queue_size", args.queue_size, len(train), args)
+    queue_size = plumbing.fit("queue_size", args, at_most=len(train))
     model = SwAV(Encoder(args.arch, args.stem, args.projector, args.dim), args.dim, args.prototypes, queue_size)
     model.heads = nn.ModuleList(level_head(args.dim) for _ in clusters)  # last: the rest starts as without them
-    common.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
+    plumbing.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
     model.to(device, memory_format=torch.channels_last)
     backbone, projector = (torch.compile(part, dynamic=False) if args.compile else part
                            for part in (model.encoder.backbone, model.encoder.projector))
@@ -309,33 +309,24 @@ def main(args):
     if use_larc:  # before each step of SGD
         optimizer.register_step_pre_hook(lambda *_: larc(model.parameters(), args.weight_decay))
 
-    # ---- [shared] resume
-    run.start(args, dict(pictures=len(train), fingerprint=train.fingerprint(), clusters=clusters,
-                         batch_size=batch_size, peak_lr=peak_lr, steps_per_epoch=steps_per_epoch,
-                         processes=common.world()[1], device=str(device),
-                         chance_level_loss={name: round(loss, 4) for name, loss in chance.items()}))
-    hierarchy, meter, start_epoch, start_step = None, common.Meter(), 0, 0
-    if state := run.load(device, model=model, optimizer=optimizer):
-        start_epoch, start_step = state["epoch"], state["step"]
-        hierarchy = state["hierarchy"] and common.Hierarchy(*state["hierarchy"])
-        meter = common.Meter(state["meter"])
+    # ---- [shared: tree] start, or resume
+    run.start(train, device, clusters=clusters, batch_size=batch_size, steps_per_epoch=steps_per_epoch,
+              peak_lr=peak_lr, chance_level_loss={name: round(loss, 4) for name, loss in chance.items()})
+    start_epoch, start_step, hierarchy = run.resume(device, model=model, optimizer=optimizer)
+    hierarchy = hierarchy and common.Hierarchy(*hierarchy)
 
-    def save(epoch, step):
-        run.save(model=model.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch, step=step,
-                 hierarchy=hierarchy and tuple(hierarchy), meter=meter.state())
+    def features(network, images):  # (n, F) of this process's pictures, in evaluation mode
+        return common.extract_features(network, images, args.image_size, device=device, workers=args.workers,
+                                       amp=args.amp)
 
-    def features(network, images):  # (n, F) of this rank's rows, in evaluation mode
-        return common.extract_features(network, images, args.image_size, amp=args.amp, **loader)
-
-    def knn():  # percent a label level
+    def knn():  # percent a label depth
         return common.knn_accuracy(train, test, lambda images: features(exported.backbone, images))
 
-    def grow_tree(x, seed):  # this rank's features (n, D), unit rows -> the Hierarchy of all N images
-        hierarchy = common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=seed)
-        return hierarchy._replace(assign=[common.all_gather_rows(assign) for assign in hierarchy.assign])
+    def grow_tree(x, seed):  # features (n, D) of this process's pictures -> the Hierarchy of all N
+        return common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=seed)
 
     # ---- [shared] epochs
-    if not run.rows(before=start_epoch + 1):
+    if start_epoch == start_step == 0:
         run.write(dict(epoch=0, knn=knn(), knn_pixels=common.knn_of_pixels(train, test, args.image_size, device)))
     for epoch in range(start_epoch, args.epochs):
 
@@ -344,17 +335,16 @@ def main(args):
             hierarchy = grow_tree(F.normalize(features(clustered, train), dim=1), seed=args.seed + epoch)
 
         # ---- [shared] batches
-        batches = common.batches(train, batch_size, views, seed=args.seed, epoch=epoch, start=start_step, **loader)
-        batches = meter.timed(common.progress(batches, steps_per_epoch - start_step, epoch))
-        for step, index, crops in batches:
-            done = (epoch + step / steps_per_epoch) / args.epochs
-            place = (args.seed, epoch, step)
+        batches = common.batches(train, batch_size, views, seed=args.seed, epoch=epoch, start=start_step, device=device,
+                                 workers=args.workers)
+        for step, index, crops in run.timed(batches, epoch, steps_per_epoch - start_step):
+            done = (epoch + step / steps_per_epoch) / args.epochs  # share of the run
+            place = (args.seed, epoch, step)  # what every draw follows from
 
             # ---- [method] learning rate
             scale = batch_size / 256
             lr = learning_rate(done, peak_lr, args.start_lr * scale, args.final_lr * scale, args.lr_warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            plumbing.set_lr(optimizer, lr)
 
             # ---- [method] embeddings of all crops
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
@@ -376,7 +366,7 @@ def main(args):
                                            for crop in rows])  # (2, b, P)
                 model.chosen[(z_global @ prototypes.T).argmax(dim=2)] = now
             losses = {"swav": swapped_prediction(scores, assignments, args.temperature)}
-            watched = {"feature_std": common.feature_std(z[0]),
+            watched = {"feature_std": plumbing.feature_std(z[0]),
                        "prototypes_in_use": (model.chosen > now - steps_per_epoch).sum().float()}  # for an epoch now
 
             # ---- [method] re-assignment
@@ -389,39 +379,32 @@ def main(args):
                 z = F.normalize(torch.stack([head(raw) for head in model.heads], dim=1), dim=2)  # (B, L, D)
                 leaves = torch.randint(len(hierarchy.prototypes[0]), (batch_size, args.negative_paths),
                                        generator=common.random_state(*place, "negative paths"))
-                leaves = leaves[common.local_rows(batch_size)].to(device)  # (B, M)
+                leaves = leaves[common.local_rows(batch_size)].to(device)  # (B, M) random paths, by their leaf
                 losses["path"] = args.path_weight * common.semantic_path_loss(z, hierarchy, index, leaves)
 
             # ---- [shared] step
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             sum(losses.values()).backward()
-            common.average_gradients(model.parameters())
+            plumbing.average_gradients(model.parameters())
             optimizer.step()
 
             # ---- [method] queue
             if epoch >= args.queue_epoch:
                 model.enqueue(z_global.transpose(0, 1))
 
-            # ---- [shared] log
-            meter.add(step, {**losses, **watched})
-            run.stop_if_asked(lambda: save(epoch, step + 1))
-        last = epoch + 1 == args.epochs
-        run.write(dict(epoch=epoch + 1, **meter.means(), lr=optimizer.param_groups[0]["lr"],
-                       **meter.speed(batch_size),
-                       knn=knn() if last or (epoch + 1) % args.eval_every == 0 else None,
-                       clusters_in_use=hierarchy and common.clusters_in_use(hierarchy),
-                       unreadable=len(train.unreadable)))
-        meter, start_step = common.Meter(), 0
-        save(epoch + 1, 0)
+            # ---- [shared: tree] log
+            run.end_step(epoch, step, {**losses, **watched}, hierarchy)
+        run.end_epoch(epoch, hierarchy, knn, clusters_in_use=hierarchy and common.clusters_in_use(hierarchy))
+        start_step = 0
 
-    # ---- [shared] what remains
+    # ---- [shared: tree] what remains
     run.save_backbone(exported.backbone)
     if clusters:
         x = F.normalize(features(clustered, train), dim=1)
-        common.write_tree(run.folder, train, x, grow_tree(x, seed=args.seed))
-    common.verdict(run, train)
+        plumbing.write_tree(run.folder, train, x, grow_tree(x, seed=args.seed))
+    run.verdict()
 
 
 # ---- [shared] entry
 if __name__ == "__main__":
-    common.launch(main, parse_args)
+    plumbing.launch(main, parse_args)
