@@ -83,7 +83,6 @@ def shared_arguments():
     add("--resume", action="store_true", help="continue the run in --out where it stopped")
     add("--arch", help="tiny, or a torchvision model that ends in fc, as resnet50 (preset)")
     add("--stem", choices=list(common.STEMS), help="first layer: 3x3 without max-pool, or torchvision's (preset)")
-    add("--projector", choices=["mlp", "mlp-bn"], help="two linear layers, or with batch norm between (preset)")
     add("--image-size", type=plumbing.positive(int), help="side of the views, pixels (preset)")
     add("--dim", type=plumbing.positive(int), default=128, help="width D of the embedding")
     add("--epochs", type=plumbing.positive(int), help="passes over the data (preset)")
@@ -107,6 +106,7 @@ def shared_arguments():
 def parse_args(argv=None):
     p = shared_arguments()
     add = p.add_argument
+    add("--projector", choices=["mlp", "mlp-bn"], help="two linear layers, or with batch norm between (preset)")
     add("--temperature", type=plumbing.positive(float), default=0.2, help="of InfoNCE (MoCo v2)")
     add("--queue-size", type=plumbing.positive(int), help="negatives Q kept (MoCo; preset)")
     add("--ema-momentum", type=plumbing.positive(float, zero=True, most=1),
@@ -117,7 +117,7 @@ def parse_args(argv=None):
     return plumbing.resolve_arguments(p, PRESETS, argv)
 
 
-# ---- [shared] encoder
+# ---- [shared: mlp] encoder
 class Encoder(nn.Module):
     """Backbone and MLP projector: (B, 3, H, W) -> (B, D), raw: not yet on the unit sphere."""
 

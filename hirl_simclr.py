@@ -90,7 +90,6 @@ def shared_arguments():
     add("--resume", action="store_true", help="continue the run in --out where it stopped")
     add("--arch", help="tiny, or a torchvision model that ends in fc, as resnet50 (preset)")
     add("--stem", choices=list(common.STEMS), help="first layer: 3x3 without max-pool, or torchvision's (preset)")
-    add("--projector", choices=["mlp", "mlp-bn"], help="two linear layers, or with batch norm between (preset)")
     add("--image-size", type=plumbing.positive(int), help="side of the views, pixels (preset)")
     add("--dim", type=plumbing.positive(int), default=128, help="width D of the embedding")
     add("--epochs", type=plumbing.positive(int), help="passes over the data (preset)")
@@ -114,6 +113,7 @@ def shared_arguments():
 def parse_args(argv=None):
     p = shared_arguments()
     add = p.add_argument
+    add("--projector", choices=["mlp", "mlp-bn"], help="two linear layers, or with batch norm between (preset)")
     add("--temperature", type=plumbing.positive(float), help="of NT-Xent (SimCLR; preset)")
     add("--optimizer", choices=["sgd", "lars"], help="momentum SGD, or LARS for large batches (SimCLR; preset)")
     add("--lr-warmup", type=plumbing.positive(float, zero=True, most=1),
@@ -123,7 +123,7 @@ def parse_args(argv=None):
     return plumbing.resolve_arguments(p, PRESETS, argv)
 
 
-# ---- [shared] encoder
+# ---- [shared: mlp] encoder
 class Encoder(nn.Module):
     """Backbone and MLP projector: (B, 3, H, W) -> (B, D), raw: not yet on the unit sphere."""
 
