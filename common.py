@@ -14,6 +14,7 @@ import itertools
 import math
 import os
 import pickle
+import re
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -1060,21 +1061,97 @@ class TinyResNet(torchvision.models.ResNet):
         self.fc = nn.Linear(widths[-1], 1)
 
 
+class ViT(torchvision.models.VisionTransformer):
+    """torchvision's VisionTransformer, key for key: (B, 3, H, W) of any size -> (B, F), the class token."""
+
+    def forward(self, x, **how):
+        return self.tokens(x, **how)[:, 0]
+
+    def tokens(self, x, masks=None, mask_token=None, branches=None):
+        """(B, 3, H, W) -> (B, 1+S, F) after the last norm: the class token, then the S patches row by row.
+
+        masks (B, h, w) bool: patches that show mask_token (1, F) in place of their pixels and keep their position
+        (iBOT); branches (2 * depth, B): factors of each block's two residual branches, see `drop_path`.
+        """
+        h, w = (length // self.patch_size for length in x.shape[2:])
+        x = self.conv_proj(x)  # (B, F, h, w)
+        if masks is not None:
+            x = torch.where(masks[:, None], mask_token[:, :, None, None].to(x.dtype), x)
+        x = torch.cat([self.class_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], dim=1)
+        x = x + self.positions(h, w)  # (B, 1+S, F)
+        if branches is None:
+            return self.encoder.ln(self.encoder.layers(x))
+        for block, (attention, mlp) in zip(self.encoder.layers, branches[..., None, None].unflatten(0, (-1, 2))):
+            y = block.ln_1(x)
+            x = x + attention * block.self_attention(y, y, y, need_weights=False)[0]
+            x = x + mlp * block.mlp(block.ln_2(x))
+        return self.encoder.ln(x)
+
+    def positions(self, h, w):
+        """(1, 1+hw, F); for another grid than its own, the patches' positions are interpolated, as in DINO."""
+        positions, side = self.encoder.pos_embedding, self.image_size // self.patch_size
+        if (h, w) == (side, side):
+            return positions
+        grid = positions[:, 1:].transpose(1, 2).unflatten(2, (side, side))  # (1, F, side, side)
+        grid = F.interpolate(grid, scale_factor=((h + 0.1) / side, (w + 0.1) / side), mode="bicubic")
+        # as released: the 0.1 guards the rounding, and also shifts every position by up to a tenth of a patch
+        return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+
+
+def drop_path(rate, depth, rows, generator):
+    """(2 * depth, *rows) factors for `ViT.tokens`: 0 where a sample skips the branch, else 1 / (1 - chance of it).
+
+    The chance rises from 0 in the first block to `rate` in the last. Source: stochastic depth (1603.09382).
+    """
+    chance = torch.linspace(0, rate, depth).repeat_interleave(2).view(-1, *[1] * len(rows))
+    return (torch.rand(2 * depth, *rows, generator=generator) >= chance) / (1 - chance)
+
+
+def sincos_positions(rows, columns, width):
+    """MoCo v3's fixed positions (1, 1 + rows * columns, width): 0 for the class token, then row by row.
+
+    A quarter of the width each: sin and cos of the row, sin and cos of the column, frequencies 1 to 1/10000. The
+    release mixes the two axes up, which only a grid that is no square can tell.
+    """
+    frequency = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    angles = [axis.flatten()[:, None] * frequency for axis in (row, column)]  # (rows * columns, width / 4) each
+    grid = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
+    return torch.cat([torch.zeros(1, width), grid.float()])[None]
+
+
 STEMS = {"3x3": 1, "3x3s2": 2, "7x7": None}  # stride of a 3x3 first convolution without max-pool; torchvision's own
 
 
-def backbone(arch, stem):
-    """(network (B, 3, H, W) -> (B, F), F): a torchvision model by name with its `fc` taken off.
+def backbone(arch, stem, image_size=224):
+    """(network (B, 3, H, W) -> (B, F), F): a torchvision model by name with its classifier taken off.
 
-    stem "7x7" is torchvision's own, for large pictures; "3x3" is a stride-1 convolution without max-pool, the
-    usual change for pictures of 32 px; "3x3s2" the same at stride 2, a quarter of the work. Key names stay.
+    ResNets: stem "7x7" is torchvision's own, for large pictures; "3x3" is a stride-1 convolution without max-pool,
+    the usual change for pictures of 32 px; "3x3s2" the same at stride 2, a quarter of the work. "tiny" is a small one.
+    ViTs: vit_b_16 etc., or vit-<patch>-<width>-<depth>, as vit-8-96-4, with heads of 64 channels, or of 32 where 64
+    does not divide the width; without stem, and with positions for image_size. Key names stay.
     """
+    if re.match("vit[-_]", arch):
+        try:
+            if arch.startswith("vit-"):
+                patch, width, depth = map(int, arch.split("-")[1:])
+                heads = width // 32 if width % 64 else width // 64
+                network = ViT(image_size, patch, depth, heads, width, 4 * width)
+            else:
+                network = torchvision.models.get_model(arch, weights=None, image_size=image_size)
+                network.__class__ = ViT
+        except (ValueError, AssertionError, ZeroDivisionError) as error:
+            raise Stop(f"--arch {arch} is no vision transformer for {image_size} px: try vit_b_16, or "
+                            "vit-<patch>-<width>-<depth> with a patch that divides the picture's side and a width "
+                            "that 32 divides") from error
+        network.heads = nn.Identity()
+        return network, network.hidden_dim
     try:
         network = TinyResNet() if arch == "tiny" else torchvision.models.get_model(arch, weights=None)
         channels, width = network.conv1.out_channels, network.fc.in_features
     except (ValueError, AttributeError) as error:
-        raise Stop(f"--arch {arch} is no torchvision model from `conv1` to `fc`: try resnet18, resnet50 or "
-                        "tiny") from error
+        raise Stop(f"--arch {arch} is no torchvision model from `conv1` to `fc`: try resnet18, resnet50, tiny "
+                        "or vit_b_16") from error
     if STEMS[stem]:
         network.conv1 = nn.Conv2d(3, channels, 3, stride=STEMS[stem], padding=1, bias=False)
         network.maxpool = nn.Identity()
