@@ -35,8 +35,10 @@ Differs from paper or released code
   lr            cosine per step; the release floors the epoch
 """
 
-# ---- [shared] imports
+# ---- [method] import
 import copy
+
+# ---- [shared] imports
 import math
 
 import torch
@@ -71,40 +73,9 @@ AUGMENTATIONS = {
 }
 
 
-# ---- [shared] arguments
-def shared_arguments():
-    p = plumbing.Parser(description=__doc__, epilog=plumbing.preset_table(PRESETS), allow_abbrev=False,
-                      formatter_class=plumbing.HelpFormatter)
-    add = p.add_argument
-    add("--data", default="textures", help="textures, cifar10, cifar100, stl10 or a folder of pictures")
-    add("--data-root", default="data", help="where torchvision's sets are kept")
-    add("--preset", default="auto", choices=["auto", *PRESETS], help="the defaults marked 'preset'")
-    add("--out", help="run folder (default: runs/<script>-<data>-<seed>)")
-    add("--resume", action="store_true", help="continue the run in --out where it stopped")
-    add("--arch", help="tiny, or a torchvision model that ends in fc, as resnet50 (preset)")
-    add("--stem", choices=list(common.STEMS), help="first layer: 3x3 without max-pool, or torchvision's (preset)")
-    add("--image-size", type=plumbing.positive(int), help="side of the views, pixels (preset)")
-    add("--dim", type=plumbing.positive(int), default=128, help="width D of the embedding")
-    add("--epochs", type=plumbing.positive(int), help="passes over the data (preset)")
-    add("--batch-size", type=plumbing.positive(int), help="images a step, over all processes (preset)")
-    add("--base-lr", type=plumbing.positive(float), help="lr = base-lr * batch-size / 256, cosine to 0 (preset)")
-    add("--weight-decay", type=plumbing.positive(float, zero=True), help="on every parameter (preset)")
-    add("--clusters", type=int, nargs="+", metavar="K", help="clusters a level, finest first; 0: none (preset)")
-    add("--warmup-epochs", type=plumbing.positive(int, zero=True), help="epochs before the hierarchy (preset)")
-    add("--seed", type=int, default=0, help="of everything random")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
-    add("--workers", type=plumbing.positive(int, zero=True), default=4,
-        help="processes that decode pictures too large or too many to keep in memory")
-    add("--amp", action="store_true", help="bfloat16 autocast in the networks; losses stay float32")
-    add("--compile", action="store_true", help="torch.compile the encoders")
-    add("--eval-every", type=plumbing.positive(int), default=1, help="epochs between kNN evaluations")
-    add("--tensorboard", action="store_true", help="also write the log for tensorboard, if it is installed")
-    return p
-
-
 # ---- [method] arguments
 def parse_args(argv=None):
-    p = shared_arguments()
+    p = plumbing.shared_arguments(__doc__, PRESETS)
     add = p.add_argument
     add("--projector", choices=["mlp", "mlp-bn"], help="two linear layers, or with batch norm between (preset)")
     add("--temperature", type=plumbing.positive(float), default=0.2, help="of InfoNCE (MoCo v2)")
@@ -121,9 +92,9 @@ def parse_args(argv=None):
 class Encoder(nn.Module):
     """Backbone and MLP projector: (B, 3, H, W) -> (B, D), raw: not yet on the unit sphere."""
 
-    def __init__(self, arch, stem, projector, dim):
+    def __init__(self, arch, stem, projector, dim, image_size=224):
         super().__init__()
-        self.backbone, width = common.backbone(arch, stem)
+        self.backbone, width = common.backbone(arch, stem, image_size)
         norm = [nn.BatchNorm1d(width)] if projector == "mlp-bn" else []
         self.projector = nn.Sequential(nn.Linear(width, width), *norm, nn.ReLU(inplace=True),
                                        nn.Linear(width, dim))
@@ -165,18 +136,6 @@ class MoCo(nn.Module):
         self.queue_ptr.copy_((self.queue_ptr + len(keys)) % size)
 
 
-def keys(encode, view, bn, generator):
-    """Keys (b, D) of the views (b, 3, S, S); bn "shuffle": in batches mixed across processes (MoCo's shuffled BN), so
-    that a batch's statistics do not tell which key belongs to which query. One process has nobody to mix with.
-    """
-    if bn == "sync" or common.processes() == 1:
-        return encode(view)
-    everyone = common.all_gather_rows(view)  # (B, 3, S, S) of all processes
-    order, mine = torch.randperm(len(everyone), generator=generator), common.local_rows(len(everyone))
-    shuffled = common.all_gather_rows(encode(everyone[order[mine]]))  # (B, D)
-    return shuffled[order.argsort()[mine].to(shuffled.device)]
-
-
 # ---- [shared: moco] loss
 def info_nce(q, k, queue, temperature):
     """The query picks its own key among the queue: -log exp(q.k/T) / (exp(q.k/T) + sum_j exp(q.u_j/T)).
@@ -203,7 +162,7 @@ def main(args):
 
     # ---- [method] model
     queue_size = plumbing.fit("queue_size", args, at_most=len(train))
-    model = MoCo(Encoder(args.arch, args.stem, args.projector, args.dim), args.dim, queue_size)
+    model = MoCo(Encoder(args.arch, args.stem, args.projector, args.dim, args.image_size), args.dim, queue_size)
     model.heads = nn.ModuleList(level_head(args.dim) for _ in clusters)  # last: the rest starts as without them
     if args.bn == "sync":
         plumbing.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
@@ -224,6 +183,7 @@ def main(args):
     start_epoch, start_step, hierarchy = run.resume(device, model=model, optimizer=optimizer)
     hierarchy = hierarchy and common.Hierarchy(*hierarchy)
 
+    # ---- [shared] features and tree
     def features(network, images):  # (n, F) of this process's pictures, in evaluation mode
         return common.extract_features(network, images, args.image_size, device=device, workers=args.workers,
                                        amp=args.amp)
@@ -260,7 +220,7 @@ def main(args):
                 raw = encode_q(view_q).float()  # (B, D)
                 with torch.no_grad():  # no gradient to keys
                     model.update_key_encoder(args.ema_momentum)  # before encoding
-                    k = keys(encode_k, view_k, args.bn, common.random_state(*place, "shuffle")).float()
+                    k = plumbing.keys(encode_k, view_k, args.bn, common.random_state(*place, "shuffle")).float()
             q, k = F.normalize(raw, dim=1), F.normalize(k, dim=1)
 
             # ---- [method] base loss
@@ -289,7 +249,7 @@ def main(args):
         run.end_epoch(epoch, hierarchy, knn, clusters_in_use=hierarchy and common.clusters_in_use(hierarchy))
         start_step = 0
 
-    # ---- [shared: tree] what remains
+    # ---- [shared] what remains
     run.save_backbone(exported.backbone)
     if clusters:
         x = F.normalize(features(clustered, train), dim=1)

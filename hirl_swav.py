@@ -50,7 +50,6 @@ Differs from paper or released code
 """
 
 # ---- [shared] imports
-import copy
 import math
 
 import torch
@@ -90,47 +89,16 @@ AUGMENTATIONS = {
 LOCAL_SCALE = {"textures": (0.15, 0.4), "cifar": (0.08, 0.2), "photos": (0.05, 0.2), "imagenet": (0.05, 0.14)}
 
 
-# ---- [shared] arguments
-def shared_arguments():
-    p = plumbing.Parser(description=__doc__, epilog=plumbing.preset_table(PRESETS), allow_abbrev=False,
-                      formatter_class=plumbing.HelpFormatter)
-    add = p.add_argument
-    add("--data", default="textures", help="textures, cifar10, cifar100, stl10 or a folder of pictures")
-    add("--data-root", default="data", help="where torchvision's sets are kept")
-    add("--preset", default="auto", choices=["auto", *PRESETS], help="the defaults marked 'preset'")
-    add("--out", help="run folder (default: runs/<script>-<data>-<seed>)")
-    add("--resume", action="store_true", help="continue the run in --out where it stopped")
-    add("--arch", help="tiny, or a torchvision model that ends in fc, as resnet50 (preset)")
-    add("--stem", choices=list(common.STEMS), help="first layer: 3x3 without max-pool, or torchvision's (preset)")
-    add("--image-size", type=plumbing.positive(int), help="side of the views, pixels (preset)")
-    add("--dim", type=plumbing.positive(int), default=128, help="width D of the embedding")
-    add("--epochs", type=plumbing.positive(int), help="passes over the data (preset)")
-    add("--batch-size", type=plumbing.positive(int), help="images a step, over all processes (preset)")
-    add("--base-lr", type=plumbing.positive(float), help="lr = base-lr * batch-size / 256, cosine to 0 (preset)")
-    add("--weight-decay", type=plumbing.positive(float, zero=True), help="on every parameter (preset)")
-    add("--clusters", type=int, nargs="+", metavar="K", help="clusters a level, finest first; 0: none (preset)")
-    add("--warmup-epochs", type=plumbing.positive(int, zero=True), help="epochs before the hierarchy (preset)")
-    add("--seed", type=int, default=0, help="of everything random")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
-    add("--workers", type=plumbing.positive(int, zero=True), default=4,
-        help="processes that decode pictures too large or too many to keep in memory")
-    add("--amp", action="store_true", help="bfloat16 autocast in the networks; losses stay float32")
-    add("--compile", action="store_true", help="torch.compile the encoders")
-    add("--eval-every", type=plumbing.positive(int), default=1, help="epochs between kNN evaluations")
-    add("--tensorboard", action="store_true", help="also write the log for tensorboard, if it is installed")
-    return p
-
-
 # ---- [method] arguments
 def parse_args(argv=None):
-    p = shared_arguments()
+    p = plumbing.shared_arguments(__doc__, PRESETS)
     add = p.add_argument
     add("--projector", choices=["mlp", "mlp-bn"], help="two linear layers, or with batch norm between (preset)")
     add("--temperature", type=plumbing.positive(float), default=0.1, help="of the predictions (SwAV)")
     add("--epsilon", type=plumbing.positive(float), help="of Sinkhorn, larger: softer assignments (SwAV: 0.05; preset)")
     add("--sinkhorn-iterations", type=plumbing.positive(int), default=3, help="of Sinkhorn (SwAV)")
     add("--prototypes", type=plumbing.positive(int), help="learnt prototypes P (SwAV; preset)")
-    add("--freeze-prototypes", type=plumbing.positive(int, zero=True), help="first steps that leave them (SwAV; preset)")
+    add("--freeze-prototypes", type=plumbing.positive(int, zero=True), help="steps before they move (SwAV; preset)")
     add("--local-crops", type=plumbing.positive(int, zero=True), help="small crops V beside two global ones (preset)")
     add("--local-size", type=plumbing.positive(int), help="side of the small crops, pixels (preset)")
     add("--queue-size", type=plumbing.positive(int, zero=True),
@@ -152,9 +120,9 @@ def parse_args(argv=None):
 class Encoder(nn.Module):
     """Backbone and MLP projector: (B, 3, H, W) -> (B, D), raw: not yet on the unit sphere."""
 
-    def __init__(self, arch, stem, projector, dim):
+    def __init__(self, arch, stem, projector, dim, image_size=224):
         super().__init__()
-        self.backbone, width = common.backbone(arch, stem)
+        self.backbone, width = common.backbone(arch, stem, image_size)
         norm = [nn.BatchNorm1d(width)] if projector == "mlp-bn" else []
         self.projector = nn.Sequential(nn.Linear(width, width), *norm, nn.ReLU(inplace=True),
                                        nn.Linear(width, dim))
@@ -291,7 +259,8 @@ def main(args):
 
     # ---- [method] model
     queue_size = plumbing.fit("queue_size", args, at_most=len(train))
-    model = SwAV(Encoder(args.arch, args.stem, args.projector, args.dim), args.dim, args.prototypes, queue_size)
+    encoder = Encoder(args.arch, args.stem, args.projector, args.dim, args.image_size)
+    model = SwAV(encoder, args.dim, args.prototypes, queue_size)
     model.heads = nn.ModuleList(level_head(args.dim) for _ in clusters)  # last: the rest starts as without them
     plumbing.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
     model.to(device, memory_format=torch.channels_last)
@@ -315,6 +284,7 @@ def main(args):
     start_epoch, start_step, hierarchy = run.resume(device, model=model, optimizer=optimizer)
     hierarchy = hierarchy and common.Hierarchy(*hierarchy)
 
+    # ---- [shared] features and tree
     def features(network, images):  # (n, F) of this process's pictures, in evaluation mode
         return common.extract_features(network, images, args.image_size, device=device, workers=args.workers,
                                        amp=args.amp)
@@ -397,7 +367,7 @@ def main(args):
         run.end_epoch(epoch, hierarchy, knn, clusters_in_use=hierarchy and common.clusters_in_use(hierarchy))
         start_step = 0
 
-    # ---- [shared: tree] what remains
+    # ---- [shared] what remains
     run.save_backbone(exported.backbone)
     if clusters:
         x = F.normalize(features(clustered, train), dim=1)

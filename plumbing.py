@@ -127,6 +127,38 @@ def preset_table(presets):
     return "\n".join("".join(f"{cell:17}" for cell in row) for row in text)
 
 
+def shared_arguments(description, presets):
+    """A Parser with the arguments of every script. A script may declare one again where it means something else."""
+    p = Parser(description=description, epilog=preset_table(presets), allow_abbrev=False,
+               formatter_class=HelpFormatter, conflict_handler="resolve")
+    add = p.add_argument
+    add("--data", default="textures", help="textures, cifar10, cifar100, stl10 or a folder of pictures")
+    add("--data-root", default="data", help="where torchvision's sets are kept")
+    add("--preset", default="auto", choices=["auto", *presets], help="which defaults marked 'preset'; auto: by --data")
+    add("--out", help="run folder (default: runs/<script>-<data>-<seed>)")
+    add("--resume", action="store_true", help="continue the run in --out where it stopped")
+    add("--arch", help="tiny, a torchvision model that ends in fc, as resnet50, or a ViT, as vit_b_16 (preset)")
+    add("--stem", choices=["3x3", "3x3s2", "7x7"],
+        help="a ResNet's first layer: 3x3 without max-pool, at stride 1 or 2, or torchvision's (preset)")
+    add("--image-size", type=positive(int), help="side of the views, pixels (preset)")
+    add("--dim", type=positive(int), default=128, help="width D of the embedding")
+    add("--epochs", type=positive(int), help="passes over the data (preset)")
+    add("--batch-size", type=positive(int), help="images a step, over all processes (preset)")
+    add("--base-lr", type=positive(float), help="the learning rate's peak is base-lr * batch-size / 256 (preset)")
+    add("--weight-decay", type=positive(float, zero=True), help="weight decay (preset)")
+    add("--clusters", type=int, nargs="+", metavar="K", help="clusters a level, finest first; 0: no hierarchy (preset)")
+    add("--warmup-epochs", type=positive(int, zero=True), help="epochs before the hierarchy (preset)")
+    add("--seed", type=int, default=0, help="of everything random")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+    add("--workers", type=positive(int, zero=True), default=4,
+        help="processes that decode pictures too large or too many to keep in memory")
+    add("--amp", action="store_true", help="bfloat16 autocast in the networks; losses stay float32")
+    add("--compile", action="store_true", help="torch.compile the networks")
+    add("--eval-every", type=positive(int), default=1, help="epochs between kNN evaluations")
+    add("--tensorboard", action="store_true", help="also write the log for tensorboard, if it is installed")
+    return p
+
+
 MAY_DIFFER = ("resume", "out", "device", "workers", "compile", "eval_every", "data_root", "tensorboard")
 
 
@@ -196,7 +228,7 @@ def fit_clusters(args, pictures):
         raise Stop(f"--clusters {' '.join(map(str, clusters))} must be positive and fall from level to level, finest "
                    "first (or be 0 for none)")
     if clusters and args.warmup_epochs >= args.epochs:
-        say(f"--warmup-epochs {args.warmup_epochs} of {args.epochs} leave no epoch for the hierarchy's loss")
+        say(f"--warmup-epochs {args.warmup_epochs} of {args.epochs}: the run ends before the warm-up does")
     finest = max(clusters, default=0)
     if "clusters" in args.given and finest > pictures:
         raise Stop(f"--clusters {finest} is above the {pictures} pictures of {args.data}: give at most {pictures}")
@@ -204,7 +236,7 @@ def fit_clusters(args, pictures):
         return clusters
     fitted = sorted({max(2, round(k / finest * pictures / 20)) for k in clusters}, reverse=True)
     if fitted[0] > pictures:
-        raise Stop(f"{pictures} pictures are too few for a hierarchy: add some, or give --clusters 0")
+        raise Stop(f"{pictures} pictures are too few for a tree of clusters: add some, or give --clusters 0")
     say(f"--clusters reduced from the preset's {clusters} to {fitted}, 20 pictures a cluster")
     return fitted
 
@@ -269,6 +301,18 @@ def sync_batch_norm(module):
         if processes() > 1 and isinstance(child, nn.modules.batchnorm._BatchNorm):
             child.__class__ = SyncBatchNorm
     return module
+
+
+def keys(encode, view, bn, generator):
+    """encode(view), keys (b, D) of the views (b, 3, S, S); bn "shuffle": in batches mixed across processes (MoCo's
+    shuffled BN), so that a batch's statistics do not tell which key belongs to which query.
+    """
+    if bn == "sync" or processes() == 1:  # one process has nobody to mix with
+        return encode(view)
+    everyone = all_gather_rows(view)  # (B, 3, S, S) of all processes
+    order, mine = torch.randperm(len(everyone), generator=generator), local_rows(len(everyone))
+    shuffled = all_gather_rows(encode(everyone[order[mine]]))  # (B, D)
+    return shuffled[order.argsort()[mine].to(shuffled.device)]
 
 
 # ---- the run folder
