@@ -1,0 +1,268 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.4", "torchvision>=0.19", "numpy", "tqdm"]
+# ///
+"""HIRL on SimSiam: no negatives, no queue, no slow encoder (HIRL 2205.13159, SimSiam 2011.10566).
+
+    1  z_i = projector(backbone(view i)), p_i = predictor(z_i): each view its own forward pass
+    2  SimSiam: p of one view points where z of the other does, and no gradient reaches that z; the
+       predictor and this stop-gradient alone keep z from collapsing to one point        simsiam_loss
+    3  once an epoch, after a warm-up: z of all images, in evaluation mode -> k-means -> k-means of
+       its centres -> ..., a tree of prototypes c^l, level 0 the finest           hierarchical_kmeans
+    4  one small head a level turns z of view 0, with its gradient, into z^l
+    5  HIRL: the image scores high on its own path of the tree, S = prod_l (1 + z^l.c^l)/2, and low
+       on random other paths                                                       semantic_path_loss
+    6  step on SimSiam + HIRL; the predictor keeps its learning rate, the rest follows the cosine
+
+CPU demo, under 3 minutes   python hirl_simsiam.py
+the same without hierarchy  python hirl_simsiam.py --clusters 0
+one GPU                     python hirl_simsiam.py --data cifar100 --amp --compile
+paper scale, 8 GPUs         torchrun --nproc-per-node=8 hirl_simsiam.py --data /imagenet --amp
+
+Symbols  p, z predictions and projections (V, B, D), V = 2 views   L levels, 0 the finest   K_l = --clusters
+         z level embeddings (B, L, D)  c prototypes[l] (K_l, D)  assign[l] image -> cluster (released
+         code: im2cluster)             parent[l] cluster -> cluster one level up (cluster2cluster)
+
+Is it learning?  The loss lies between 0 (nothing in common) and -1. A fall to -1 at once, with feature_std
+near 0, is the collapse: all images on one point. Healthy: feature_std near 1.
+
+Changes relative to hirl_moco.py
+  base loss     the two views predict each other; no negatives, so no temperature
+  model         one encoder, projector with batch norm at its output, predictor; no slow copy, no queue
+  optimizer     two groups: the predictor's learning rate stays at its peak
+
+Differs from paper or released code
+  heads, tree   on z. HIRL's release asks for attributes that nothing sets and stops at its first clustering
+  passes        one a view; HIRL's release encodes each view twice: same loss and gradient, twice the time
+  optimizer     SGD, as SimSiam and HIRL's code; HIRL's configuration says LARS, which nothing reads
+  predictor lr  constant (HIRL; an option in SimSiam); --no-fix-predictor-lr: it follows the cosine too
+  weight decay  on every tensor, batch norm and biases too, as released
+  lr            cosine per step; both releases floor the epoch
+  views         two; HIRL's loss takes more (and so does simsiam_loss), its configuration does not
+  projector     its last layer has no bias; SimSiam's has a frozen one, which the batch norm after it removes
+  small data    textures: narrow heads and the siblings' augmentation; cifar: two projector layers, as the paper
+"""
+
+# ---- [shared] imports
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import common
+import plumbing
+
+# ---- [method] presets: one column a data scale, chosen by --data, printed at start
+PRESETS = {
+    "textures": dict(arch="tiny", stem="3x3s2", image_size=32, epochs=20, batch_size=64, base_lr=0.6, predictor_lr=15.0,
+                     weight_decay=5e-4, dim=256, projector_layers=3, projector_width=256, predictor_width=64,
+                     zero_init=False, clusters=[108, 27, 9], warmup_epochs=10, negative_paths=100),
+    "cifar": dict(arch="resnet18", stem="3x3", image_size=32, epochs=200, batch_size=512, base_lr=0.03,
+                  predictor_lr=1.0, weight_decay=5e-4, dim=256, projector_layers=2, projector_width=2048,
+                  predictor_width=512, zero_init=False, clusters=[1000, 200, 40], warmup_epochs=20,
+                  negative_paths=500),
+    "photos": dict(arch="resnet18", stem="7x7", image_size=96, epochs=200, batch_size=256, base_lr=0.05,
+                   predictor_lr=1.0, weight_decay=5e-4, dim=256, projector_layers=3, projector_width=2048,
+                   predictor_width=512, zero_init=False, clusters=[1000, 200, 40], warmup_epochs=20,
+                   negative_paths=500),
+    "imagenet": dict(arch="resnet50", stem="7x7", image_size=224, epochs=200, batch_size=512, base_lr=0.05,
+                     predictor_lr=1.0, weight_decay=1e-4, dim=2048, projector_layers=3, projector_width=2048,
+                     predictor_width=512, zero_init=True, clusters=[30000, 10000, 1000], warmup_epochs=20,
+                     negative_paths=1000),
+}
+
+# ---- [shared: moco] augmentation: MoCo v2's, less blur at 32 px
+AUGMENTATIONS = {
+    "textures": common.Augmentation(scale=(0.4, 1.0), gray_p=0.5, shuffle_p=0.5),
+    "cifar": common.Augmentation(scale=(0.2, 1.0), gray_p=0.2),
+    "photos": common.Augmentation(scale=(0.2, 1.0), gray_p=0.2, blur_p=0.5),
+    "imagenet": common.Augmentation(scale=(0.2, 1.0), gray_p=0.2, blur_p=0.5),
+}
+
+
+# ---- [method] arguments
+def parse_args(argv=None):
+    p = plumbing.shared_arguments(__doc__, PRESETS)
+    add = p.add_argument
+    add("--dim", type=plumbing.positive(int), help="width D of the embedding (preset)")
+    add("--projector-layers", type=plumbing.positive(int), help="linear layers of the projector (SimSiam: 3; preset)")
+    add("--projector-width", type=plumbing.positive(int), help="width between them (SimSiam: as the output; preset)")
+    add("--predictor-width", type=plumbing.positive(int), help="hidden units of the predictor (SimSiam: D/4; preset)")
+    add("--predictor-lr", type=plumbing.positive(float), help="its learning rate, as a multiple of peak-lr (preset)")
+    add("--fix-predictor-lr", action=plumbing.argparse.BooleanOptionalAction, default=True,
+        help="it stays at that, or follows the cosine (SimSiam Table 1)")
+    add("--zero-init", action=plumbing.argparse.BooleanOptionalAction,
+        help="residual blocks start as the identity: 0 in their last batch norm (SimSiam; preset)")
+    add("--temperature", type=plumbing.positive(float), default=0.2, help="mean of phi, which the loss does not read")
+    add("--negative-paths", type=plumbing.positive(int), help="M random paths an image (HIRL; preset)")
+    add("--path-weight", type=plumbing.positive(float), default=1.0, help="of the path loss (HIRL: 1)")
+    return plumbing.resolve_arguments(p, PRESETS, argv)
+
+
+# ---- [shared: simsiam, mocov3] encoder
+def mlp(*widths, last_norm):
+    """(B, widths[0]) -> (B, widths[-1]): linear layers without bias, batch norm and ReLU between them.
+
+    last_norm: a batch norm without scale and shift at the end.
+    """
+    layers = []
+    for before, after in zip(widths, widths[1:]):
+        layers += [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers[:-2], *([nn.BatchNorm1d(widths[-1], affine=False)] if last_norm else []))
+
+
+class Encoder(nn.Module):
+    """Backbone and projector: (B, 3, H, W) -> (B, D), raw: not yet on the unit sphere."""
+
+    def __init__(self, backbone, projector):
+        super().__init__()
+        self.backbone, self.projector = backbone, projector
+
+    def forward(self, x):
+        return self.projector(self.backbone(x))
+
+
+# ---- [shared: hirl] heads
+def level_head(dim):
+    """HIRL's head of one level, (B, D) -> (B, D); it reads the raw projection."""
+    return nn.Sequential(nn.Linear(dim, dim, bias=False), nn.BatchNorm1d(dim), nn.ReLU(inplace=True),
+                         nn.Linear(dim, dim))
+
+
+# ---- [method] model
+class SimSiam(nn.Module):
+    """An encoder whose projector ends in a batch norm, and a predictor with a bottleneck, D -> width -> D."""
+
+    def __init__(self, encoder, dim, predictor_width):
+        super().__init__()
+        self.encoder = encoder
+        self.predictor = nn.Sequential(nn.Linear(dim, predictor_width, bias=False), nn.BatchNorm1d(predictor_width),
+                                       nn.ReLU(inplace=True), nn.Linear(predictor_width, dim))
+
+
+# ---- [method] loss
+def simsiam_loss(p, z):
+    """Each view's prediction points where another view's projection does: mean over i != j of -cos(p_i, z_j).
+
+    p, z (V, B, D) raw rows, [i, n] of view i of image n; the gradient goes to p alone. Returns a scalar, the
+    mean over images and the V(V-1) ordered pairs of views, between -1 and 1; 0 for directions that have
+    nothing in common. Source: SimSiam (2011.10566) Eq. 1-4, V = 2; more views as in HIRL's release.
+    """
+    p, z = F.normalize(p, dim=2), F.normalize(z.detach(), dim=2)  # no gradient to z
+    cosine = torch.einsum("ind, jnd -> ij", p, z) / p.shape[1]  # (V, V), means over the batch
+    return -(cosine.sum() - cosine.trace()) / (len(p) * (len(p) - 1))  # SimSiam Eq. 4
+
+
+def main(args):
+    # ---- [shared] data
+    device = plumbing.set_up(args)
+    run = plumbing.Run(args)
+    train, test = common.load_data(args.data, args.data_root, device)
+    batch_size = plumbing.fit_batch(args, len(train))
+    clusters = plumbing.fit_clusters(args, len(train))
+    steps_per_epoch = len(train) // batch_size
+    peak_lr = args.base_lr * batch_size / 256
+    augmentation = AUGMENTATIONS[args.preset]._replace(size=args.image_size)
+
+    # ---- [method] model
+    backbone, width = common.backbone(args.arch, args.stem, args.image_size)
+    hidden = [args.projector_width] * (args.projector_layers - 1)
+    encoder = Encoder(backbone, mlp(width, *hidden, args.dim, last_norm=True))
+    model = SimSiam(encoder, args.dim, args.predictor_width)
+    for block in backbone.modules():
+        if args.zero_init and hasattr(block, "conv2"):  # a residual block of two or three convolutions
+            nn.init.zeros_(getattr(block, "bn3", block.bn2).weight)
+    model.heads = nn.ModuleList(level_head(args.dim) for _ in clusters)  # last: the rest starts as without them
+    plumbing.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
+    model.to(device, memory_format=torch.channels_last)
+    encode = torch.compile(model.encoder) if args.compile else model.encoder
+    chance = {"simsiam": 0.0}
+    exported = clustered = model.encoder  # the one people take is the one that is clustered
+    views = [augmentation] * 2  # of each image
+
+    # ---- [method] optimizer
+    optimizer = torch.optim.SGD([dict(params=[*model.encoder.parameters(), *model.heads.parameters()]),
+                                 dict(params=model.predictor.parameters())], peak_lr,
+                                momentum=0.9, weight_decay=args.weight_decay)
+
+    # ---- [shared: tree] start, or resume
+    run.start(train, device, clusters=clusters, batch_size=batch_size, steps_per_epoch=steps_per_epoch,
+              peak_lr=peak_lr, chance_level_loss={name: round(loss, 4) for name, loss in chance.items()})
+    start_epoch, start_step, hierarchy = run.resume(device, model=model, optimizer=optimizer)
+    hierarchy = hierarchy and common.Hierarchy(*hierarchy)
+
+    # ---- [shared] features and tree
+    def features(network, images):  # (n, F) of this process's pictures, in evaluation mode
+        return common.extract_features(network, images, args.image_size, device=device, workers=args.workers,
+                                       amp=args.amp)
+
+    def knn():  # percent a label depth
+        return common.knn_accuracy(train, test, lambda images: features(exported.backbone, images))
+
+    def grow_tree(x, seed):  # features (n, D) of this process's pictures -> the Hierarchy of all N
+        return common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=seed)
+
+    # ---- [shared] epochs
+    if start_epoch == start_step == 0:
+        run.write(dict(epoch=0, knn=knn(), knn_pixels=common.knn_of_pixels(train, test, args.image_size, device)))
+    for epoch in range(start_epoch, args.epochs):
+
+        # ---- [shared: tree] tree of the epoch
+        if clusters and epoch >= args.warmup_epochs and start_step == 0:
+            hierarchy = grow_tree(F.normalize(features(clustered, train), dim=1), seed=args.seed + epoch)
+
+        # ---- [shared] batches
+        batches = common.batches(train, batch_size, views, seed=args.seed, epoch=epoch, start=start_step, device=device,
+                                 workers=args.workers)
+        for step, index, crops in run.timed(batches, epoch, steps_per_epoch - start_step):
+            done = (epoch + step / steps_per_epoch) / args.epochs  # share of the run
+            place = (args.seed, epoch, step)  # what every draw follows from
+
+            # ---- [shared: cosine] learning rate
+            lr = 0.5 * peak_lr * (1 + math.cos(math.pi * done))
+            plumbing.set_lr(optimizer, lr)
+
+            # ---- [method] the predictor's learning rate
+            optimizer.param_groups[1]["lr"] = args.predictor_lr * (peak_lr if args.fix_predictor_lr else lr)
+
+            # ---- [method] projections and predictions
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                z = torch.stack([encode(view) for view in crops])  # (V, B, D); batch norm sees one view at a time
+                p = torch.stack([model.predictor(one) for one in z]).float()  # (V, B, D)
+            raw = z[0].float()  # (B, D), with its gradient
+
+            # ---- [method] base loss
+            losses = {"simsiam": simsiam_loss(p, z.float())}
+            watched = {"feature_std": plumbing.feature_std(F.normalize(raw, dim=1))}
+
+            # ---- [shared: hirl] path loss
+            if hierarchy:
+                z = F.normalize(torch.stack([head(raw) for head in model.heads], dim=1), dim=2)  # (B, L, D)
+                leaves = torch.randint(len(hierarchy.prototypes[0]), (batch_size, args.negative_paths),
+                                       generator=common.random_state(*place, "negative paths"))
+                leaves = leaves[common.local_rows(batch_size)].to(device)  # (B, M) random paths, by their leaf
+                losses["path"] = args.path_weight * common.semantic_path_loss(z, hierarchy, index, leaves)
+
+            # ---- [shared] step
+            optimizer.zero_grad()
+            sum(losses.values()).backward()
+            plumbing.average_gradients(model.parameters())
+            optimizer.step()
+
+            # ---- [shared: tree] log
+            run.end_step(epoch, step, {**losses, **watched}, hierarchy)
+        run.end_epoch(epoch, hierarchy, knn, clusters_in_use=hierarchy and common.clusters_in_use(hierarchy))
+        start_step = 0
+
+    # ---- [shared] what remains
+    run.save_backbone(exported.backbone)
+    if clusters:
+        x = F.normalize(features(clustered, train), dim=1)
+        plumbing.write_tree(run.folder, train, x, grow_tree(x, seed=args.seed))
+    run.verdict()
+
+
+# ---- [shared] entry
+if __name__ == "__main__":
+    plumbing.launch(main, parse_args)
