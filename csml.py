@@ -106,8 +106,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.backbone, width = common.backbone(arch, stem, image_size)
         norm = [nn.BatchNorm1d(width)] if projector == "mlp-bn" else []
-        self.projector = nn.Sequential(nn.Linear(width, width), *norm, nn.ReLU(inplace=True),
-                                       nn.Linear(width, dim))
+        self.projector = nn.Sequential(nn.Linear(width, width), *norm, nn.ReLU(inplace=True), nn.Linear(width, dim))
 
     def forward(self, x):
         return self.projector(self.backbone(x))
@@ -278,12 +277,7 @@ def main(args):
     start_epoch, start_step, table = run.resume(device, model=model, optimizer=optimizer)  # (N, K) neighbours
 
     # ---- [shared] features and tree
-    def features(network, images):  # (n, F) of this process's pictures, in evaluation mode
-        return common.extract_features(network, images, args.image_size, device=device, workers=args.workers,
-                                       amp=args.amp)
-
-    def knn():  # percent a label depth
-        return common.knn_accuracy(train, test, lambda images: features(exported.backbone, images))
+    features, knn = plumbing.evaluation(args, device, train, test, exported.backbone)
 
     def grow_tree(x, seed):  # features (n, D) of this process's pictures -> the Hierarchy of all N
         return common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=seed)
@@ -308,8 +302,7 @@ def main(args):
             place = (args.seed, epoch, step)  # what every draw follows from
 
             # ---- [shared: cosine] learning rate
-            lr = 0.5 * peak_lr * (1 + math.cos(math.pi * done))
-            plumbing.set_lr(optimizer, lr)
+            plumbing.set_lr(optimizer, 0.5 * peak_lr * (1 + math.cos(math.pi * done)))
 
             # ---- [method] queries and keys
             views_q, views_k = [*crops[0::2]], [*crops[1::2]]  # of the image, then of its neighbour

@@ -10,8 +10,8 @@
     3  a queue entry that seems to belong to the image's own cluster of level l is likely left out
        of its negatives there, by a draw                                        hcsc_instance_selection
     4  MoCo: q picks k out of the entries that stay, at every level                  hcsc_instance_loss
-    5  a prototype that seems to belong to the parent of the image's own is likely left out too
-                                                                               hcsc_prototype_selection
+    5  a prototype that seems to belong to the parent of the image's own is likely
+       left out too; at the top level all stay                                 hcsc_prototype_selection
     6  q picks its own prototype out of those that stay, at every level             hcsc_prototype_loss
     7  step on 4 + 6, each averaged over the levels; enqueue k
 
@@ -27,31 +27,23 @@ Symbols  q, k query and key (B, D)     queue u (Q, D)       L levels, 0 the fine
 
 Changes relative to hirl_moco.py: no level heads, no paths; the tree chooses negatives instead.
 
-What the release does differently (--release does all of it), and when it matters
-  H1  an entry left out keeps logit 0, hence still adds exp(0) to the     K_l small: 16 % are left out at 8
-      denominator; here it is removed                                     clusters, 0.03 % at 3000
-  H2  instance terms are summed over levels, prototype terms averaged;    always: L times the weight (and
-      here both are averaged                                              gradient) of the instance terms
-  H3  no image's own prototype is a negative of *any* image of the        K_l <= B or so: nobody has negatives
-      batch; here of that image alone                                     left, loss and gradient are exactly 0
-  H4  the last cluster in use is never a negative (off by one)            hardly
-  H5  keep probabilities clipped to [0, 0.999] (instances) and            K_l of thousands: the clip then drops
-      [1e-4, 0.999] (prototypes)                                          more than the selection does
-  H6  phi of the parent level scaled to mean T before the selection       never: the tree's phi has that mean
-  H11 terms of local crops (--multi-crop) are summed over crops; the same here, levels as in H2
-
-Differs from paper or released code in either case
-  prototype     an image's own is the epoch's k-means assignment of its key feature and the ancestors of that
-                (release); another reading of the paper takes the most similar one at each level
-  phi           floored at 1e-3 in the selection of instances (release)
-  draws         from (seed, epoch, step), for the whole batch: resumed and distributed runs repeat them
+Differs from paper or released code
+  --release     the released code differs from the paper in H1 to H6: see class Reading
+  small crops   (--multi-crop) as released: summed over crops (H11), over levels as in H2; instance draws are shared,
+                prototype draws are not. Whether they select instances the release leaves open: its multi-crop
+                configuration sets selection_on_local: 1, its training script never reads that file, and has it off by
+                default. Off here; --local-selection turns it on
+  prototype     an image's own is that of the epoch's k-means, and its ancestors, not the most similar at each level
   failures      a selection that fails stops the run; the release falls back to no selection silently
-  --release     under torchrun H3's batch is a process's part of it, as in the release
-  small data    presets below ImageNet as in hirl_moco.py: batch norm in the projector, faster ema_momentum
+  lr, presets   cosine per step, per epoch in the release; presets below ImageNet change as in hirl_moco.py
+
+In the log  moco without a tree; with it instance and prototype, of small crops _local; dropped_l, what draws leave out.
+            chance_level_loss is moco's; instance's, as in the paper, is the mean over l of ln(1 + Q (1 - dropped_l))
 """
 
 # ---- [method] import
 import copy
+import dataclasses
 
 # ---- [shared] imports
 import math
@@ -98,7 +90,9 @@ def parse_args(argv=None):
     add("--ema-momentum", type=plumbing.positive(float, zero=True, most=1),
         help="m: theta_k <- m theta_k + (1-m) theta_q (MoCo Eq. 2; preset)")
     add("--bn", choices=["sync", "shuffle"], help="batch norm under torchrun: over all, or MoCo's own (preset)")
-    add("--release", action="store_true", help="the authors' code instead of the paper (H1-H6 in the docstring)")
+    add("--prototype-weight", type=plumbing.positive(float, zero=True), default=1.0,
+        help="of the prototype terms (HCSC: 1)")
+    add("--release", action="store_true", help="the authors' code instead of the paper (H1 to H6, class Reading)")
     add("--multi-crop", action="store_true", help="four smaller crops as further queries (HCSC: 192 to 96 px)")
     add("--no-instance-selection", action="store_true", help="keep all of the queue as negatives (ablation)")
     add("--no-prototype-selection", action="store_true", help="keep all prototypes as negatives (ablation)")
@@ -114,8 +108,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.backbone, width = common.backbone(arch, stem, image_size)
         norm = [nn.BatchNorm1d(width)] if projector == "mlp-bn" else []
-        self.projector = nn.Sequential(nn.Linear(width, width), *norm, nn.ReLU(inplace=True),
-                                       nn.Linear(width, dim))
+        self.projector = nn.Sequential(nn.Linear(width, width), *norm, nn.ReLU(inplace=True), nn.Linear(width, dim))
 
     def forward(self, x):
         return self.projector(self.backbone(x))
@@ -147,47 +140,78 @@ class MoCo(nn.Module):
         self.queue_ptr.copy_((self.queue_ptr + len(keys)) % size)
 
 
-# ---- [method] draws and loss
-def draw(keep, batch_size, generator):
-    """Bernoulli draws: L x (b, n) chances of this rank's rows -> L x (b, n) bool, drawn for the whole batch."""
+# ---- [method] the paper's reading and the release's
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How HCSC's equations are read: by default as in the paper. RELEASE is all that --release changes."""
+    # H1  What is left out, 16 % at 8 clusters, 0.03 % at 3000, is removed. Release: its logit is 0, it adds exp(0).
+    unselected: str = "remove"
+    # H2  Instance terms are averaged over levels, as prototype terms are. Release: summed, L times their weight.
+    over_levels: object = torch.mean
+    # H3  An image's own prototype is not its negative. Release: nor is that of any other image of the process's batch.
+    #     About (K_l - 1) (1 - 1/K_l)^B are left, one at B = K_l ln K_l; where none is, loss and gradient are 0. Of 3000
+    #     clusters 2967 are left at B 32, of 108, 27, 9 at B 64 59, 2.3, none, of 200 and 40 at B 512 15 and none.
+    # H4  Release: the last cluster in use is never a negative either, off by one. Hardly matters.
+    exclude: str = "own"
+    # H5  Release: chances clipped; with K_l in the thousands that drops more than the selection does.
+    instance_clip: tuple = (0, 1)
+    prototype_clip: tuple = (0, 1)
+    # H6  Release: phi of the parents scaled to mean T before the selection. No change: the tree's phi has that mean.
+    rescale_phi: bool = False
+    prototype_weight: float = 1.0  # of the prototype terms: --prototype-weight, 1 in paper and release
+
+
+PAPER, RELEASE = Reading(), Reading("zero", torch.sum, "batch", (0, 0.999), (1e-4, 0.999), rescale_phi=True)
+
+
+# ---- [method] selection and loss
+def select(queue, hierarchy, index, temperature, reading=PAPER):
+    """Chances to stay a negative of images `index` (B,): L x (B, Q) of queue entries, L x (B, K_l) of prototypes."""
+    instance_chances = common.hcsc_instance_selection(queue, hierarchy, index)
+    phi = [temperature * phi / phi.mean() if reading.rescale_phi else phi for phi in hierarchy.concentration]
+    *below, top = common.hcsc_prototype_selection(hierarchy._replace(concentration=phi), index)
+    below = [chance.clamp(*reading.prototype_clip).scatter(1, assign[index, None], 0)  # never the own one
+             for chance, assign in zip(below, hierarchy.assign)]
+    return [chance.clamp(*reading.instance_clip) for chance in instance_chances], [*below, top]
+
+
+def draw(chances, batch_size, generator):
+    """Bernoulli draws: L x (b, n) chances of this process's rows -> L x (b, n) bool, drawn for the whole batch."""
     mine = common.local_rows(batch_size)
     return [torch.rand(batch_size, chance.shape[1], generator=generator, device=chance.device)[mine] < chance
-            for chance in keep]
+            for chance in chances]
 
 
-def released_selection(hierarchy, index, queue, temperature):
-    """The release's keep chances, as (instances L x (B, Q), prototypes L x (B, K_l)): clipped, phi rescaled."""
-    instances = [chance.clamp(0, 0.999) for chance in common.hcsc_instance_selection(queue, hierarchy, index)]  # H5
-    scaled = [temperature * phi / phi.mean() for phi in hierarchy.concentration]  # H6
-    below = common.hcsc_prototype_selection(hierarchy._replace(concentration=scaled), index)
-    return instances, [chance.clamp(1e-4, 0.999) for chance in below[:-1]] + below[-1:]  # H5
+def dropped(instance_masks, prototype_masks):
+    """For the log: shares of the queue, and of the other clusters' prototypes, that the draws left out, by level."""
+    of_queue = {f"dropped_{level}": 1 - mask.float().mean() for level, mask in enumerate(instance_masks or ())}
+    return of_queue | {f"dropped_prototypes_{level}": 1 - mask.float().sum(dim=1).mean() / (mask.shape[1] - 1)
+                       for level, mask in enumerate(prototype_masks[:-1])}  # at the top all stay
 
 
-def hcsc_terms(queries, k, queue, hierarchy, index, instance_masks, prototype_masks, temperature, *, release=False,
-               local_selection=False):
-    """HCSC's loss by term, a dict of scalars whose sum is trained on.
+def hcsc_loss(q, k, queue, hierarchy, index, instance_masks, prototype_masks, temperature, reading=PAPER):
+    """HCSC's loss of one query an image, by term: each a mean over the levels, against the negatives that stay.
 
-    queries          (B, D) unit rows of view 0 and of each small crop, if any; all have the same key k (B, D)
-    instance_masks   L x (B, Q), shared by the crops; None: no selection, plain InfoNCE
-    prototype_masks  one L x (B, K_l) for each of the queries
-    Both kinds of term are means over the levels; those of the small crops are summed over the crops.
-    DEVIATION (released code): instance terms are summed over the levels (H2), what is left out stays with
-    logit 0 (H1), and the prototypes of the whole batch are nobody's negatives (H3, H4).
+    instance_masks L x (B, Q), None: all stay, plain InfoNCE; prototype_masks L x (B, K_l). Source: HCSC (2202.00455).
     """
-    reading = dict(unselected="zero" if release else "remove")
-    terms = {}
+    how = dict(unselected=reading.unselected)
+    instance = (common.hcsc_instance_loss(q, k, queue, instance_masks, temperature, **how) if instance_masks
+                else info_nce(q, k, queue, temperature))  # (L,) or ()
+    prototype = common.hcsc_prototype_loss(q, hierarchy, index, prototype_masks, exclude=reading.exclude, **how)  # (L,)
+    return {"instance": reading.over_levels(instance), "prototype": reading.prototype_weight * prototype.mean()}
+
+
+def hcsc_terms(queries, k, queue, hierarchy, index, instance_masks, prototype_masks, temperature, reading=PAPER,
+               local_selection=False):
+    """The same for view 0 and, summed under names of their own, the small crops: queries, prototype_masks one each."""
+    losses = {}
     for crop, (q, masks) in enumerate(zip(queries, prototype_masks)):
-        if instance_masks is None or crop > 0 and not local_selection:
-            instance = info_nce(q, k, queue, temperature)
-        else:
-            levels = common.hcsc_instance_loss(q, k, queue, instance_masks, temperature, **reading)  # (L,)
-            instance = levels.sum() if release else levels.mean()
-        prototype = common.hcsc_prototype_loss(q, hierarchy, index, masks, exclude="batch" if release else "own",
-                                               **reading).mean()
-        for name, term in (("instance", instance), ("prototype", prototype)):
+        selected = instance_masks if crop == 0 or local_selection else None
+        terms = hcsc_loss(q, k, queue, hierarchy, index, selected, masks, temperature, reading)
+        for name, term in terms.items():
             name = f"{name}_local" if crop else name
-            terms[name] = terms.get(name, 0) + term
-    return terms
+            losses[name] = losses.get(name, 0) + term
+    return losses
 
 
 # ---- [shared: moco] loss
@@ -222,13 +246,19 @@ def main(args):
     model.to(device, memory_format=torch.channels_last)
     encode_q, encode_k = (torch.compile(encoder) if args.compile else encoder
                           for encoder in (model.encoder_q, model.encoder_k))
-    chance = {"moco": math.log(1 + queue_size)}
     exported, clustered = model.encoder_q, model.encoder_k  # the one people take, the one that is clustered
-    views = [augmentation] * 2  # of each image
-    if args.multi_crop:  # at ImageNet 192, 160, 128, 96 px; the share of the picture shrinks alike
-        views += [augmentation._replace(size=round(args.image_size * part),
-                                        scale=(augmentation.scale[0] * part, augmentation.scale[1] * part))
-                  for part in (6 / 7, 5 / 7, 4 / 7, 3 / 7)]
+    parts = (6 / 7, 5 / 7, 4 / 7, 3 / 7) if args.multi_crop else ()  # at ImageNet 192, 160, 128, 96 px
+    views = [augmentation] * 2 + [  # of each image; the share of the picture shrinks as the side does
+        augmentation._replace(size=round(args.image_size * part), scale=tuple(part * s for s in augmentation.scale))
+        for part in parts]
+    chance = {"moco": (1 + len(parts)) * math.log(1 + queue_size)}
+    reading = dataclasses.replace(RELEASE if args.release else PAPER, prototype_weight=args.prototype_weight)
+    if args.no_prototype_selection:
+        reading = dataclasses.replace(reading, prototype_clip=(1, 1))  # all are certain to stay
+
+    def embed(view):  # a small crop (B, 3, S, S) -> (B, D) unit rows
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+            return F.normalize(encode_q(view).float(), dim=1)
 
     # ---- [method] optimizer
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], peak_lr,
@@ -241,12 +271,7 @@ def main(args):
     hierarchy = hierarchy and common.Hierarchy(*hierarchy)
 
     # ---- [shared] features and tree
-    def features(network, images):  # (n, F) of this process's pictures, in evaluation mode
-        return common.extract_features(network, images, args.image_size, device=device, workers=args.workers,
-                                       amp=args.amp)
-
-    def knn():  # percent a label depth
-        return common.knn_accuracy(train, test, lambda images: features(exported.backbone, images))
+    features, knn = plumbing.evaluation(args, device, train, test, exported.backbone)
 
     def grow_tree(x, seed):  # features (n, D) of this process's pictures -> the Hierarchy of all N
         return common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=seed)
@@ -268,43 +293,28 @@ def main(args):
             place = (args.seed, epoch, step)  # what every draw follows from
 
             # ---- [shared: cosine] learning rate
-            lr = 0.5 * peak_lr * (1 + math.cos(math.pi * done))
-            plumbing.set_lr(optimizer, lr)
+            plumbing.set_lr(optimizer, 0.5 * peak_lr * (1 + math.cos(math.pi * done)))
 
             # ---- [shared: moco] queries and keys
-            view_q, view_k = crops[:2]
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                raw = encode_q(view_q).float()  # (B, D)
+                raw = encode_q(crops[0]).float()  # (B, D)
                 with torch.no_grad():  # no gradient to keys
                     model.update_key_encoder(args.ema_momentum)  # before encoding
-                    k = plumbing.keys(encode_k, view_k, args.bn, common.random_state(*place, "shuffle")).float()
+                    k = plumbing.keys(encode_k, crops[1], args.bn, common.random_state(*place, "shuffle")).float()
             q, k = F.normalize(raw, dim=1), F.normalize(k, dim=1)
 
-            # ---- [method] small crops
-            queries = [q]
-            for view in crops[2:]:
-                with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                    queries.append(F.normalize(encode_q(view).float(), dim=1))
-            watched = {"feature_std": plumbing.feature_std(q)}
-
-            # ---- [method] losses: the queue is that of before this step
+            # ---- [method] losses, of view 0 and of small crops (--multi-crop): the queue is that of before this step
+            queries, watched = [q, *map(embed, crops[2:])], {"feature_std": plumbing.feature_std(q)}
             if not hierarchy:
                 losses = {"moco": sum(info_nce(query, k, model.queue, args.temperature) for query in queries)}
             else:
                 generator = common.random_state(*place, "selection", device=device)
-                if args.release:
-                    instances, prototypes = released_selection(hierarchy, index, model.queue, args.temperature)
-                else:
-                    instances = common.hcsc_instance_selection(model.queue, hierarchy, index)  # L x (B, Q)
-                    prototypes = common.hcsc_prototype_selection(hierarchy, index)  # L x (B, K_l)
-                if args.no_prototype_selection:
-                    prototypes = [torch.ones_like(chance) for chance in prototypes]
-                instances = None if args.no_instance_selection else draw(instances, batch_size, generator)
-                prototypes = [draw(prototypes, batch_size, generator) for _ in queries]  # afresh for each crop
-                losses = hcsc_terms(queries, k, model.queue, hierarchy, index, instances, prototypes,
-                                    args.temperature, release=args.release, local_selection=args.local_selection)
-                for name, masks in (("dropped", instances or ()), ("dropped_prototypes", prototypes[0][:-1])):
-                    watched |= {f"{name}_{level}": 1 - mask.float().mean() for level, mask in enumerate(masks)}
+                instance_chances, prototype_chances = select(model.queue, hierarchy, index, args.temperature, reading)
+                instance_masks = None if args.no_instance_selection else draw(instance_chances, batch_size, generator)
+                prototype_masks = [draw(prototype_chances, batch_size, generator) for _ in queries]  # anew for each
+                losses = hcsc_terms(queries, k, model.queue, hierarchy, index, instance_masks, prototype_masks,
+                                    args.temperature, reading, args.local_selection)
+                watched |= dropped(instance_masks, prototype_masks[0])
 
             # ---- [shared] step
             optimizer.zero_grad()

@@ -96,8 +96,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.backbone, width = common.backbone(arch, stem, image_size)
         norm = [nn.BatchNorm1d(width)] if projector == "mlp-bn" else []
-        self.projector = nn.Sequential(nn.Linear(width, width), *norm, nn.ReLU(inplace=True),
-                                       nn.Linear(width, dim))
+        self.projector = nn.Sequential(nn.Linear(width, width), *norm, nn.ReLU(inplace=True), nn.Linear(width, dim))
 
     def forward(self, x):
         return self.projector(self.backbone(x))
@@ -184,12 +183,7 @@ def main(args):
     hierarchy = hierarchy and common.Hierarchy(*hierarchy)
 
     # ---- [shared] features and tree
-    def features(network, images):  # (n, F) of this process's pictures, in evaluation mode
-        return common.extract_features(network, images, args.image_size, device=device, workers=args.workers,
-                                       amp=args.amp)
-
-    def knn():  # percent a label depth
-        return common.knn_accuracy(train, test, lambda images: features(exported.backbone, images))
+    features, knn = plumbing.evaluation(args, device, train, test, exported.backbone)
 
     def grow_tree(x, seed):  # features (n, D) of this process's pictures -> the Hierarchy of all N
         return common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=seed)
@@ -211,16 +205,14 @@ def main(args):
             place = (args.seed, epoch, step)  # what every draw follows from
 
             # ---- [shared: cosine] learning rate
-            lr = 0.5 * peak_lr * (1 + math.cos(math.pi * done))
-            plumbing.set_lr(optimizer, lr)
+            plumbing.set_lr(optimizer, 0.5 * peak_lr * (1 + math.cos(math.pi * done)))
 
             # ---- [shared: moco] queries and keys
-            view_q, view_k = crops[:2]
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                raw = encode_q(view_q).float()  # (B, D)
+                raw = encode_q(crops[0]).float()  # (B, D)
                 with torch.no_grad():  # no gradient to keys
                     model.update_key_encoder(args.ema_momentum)  # before encoding
-                    k = plumbing.keys(encode_k, view_k, args.bn, common.random_state(*place, "shuffle")).float()
+                    k = plumbing.keys(encode_k, crops[1], args.bn, common.random_state(*place, "shuffle")).float()
             q, k = F.normalize(raw, dim=1), F.normalize(k, dim=1)
 
             # ---- [method] base loss

@@ -29,6 +29,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+import common
 from common import PICTURES, Stop, all_gather_rows, all_reduce_sum, differentiable_sum, local_rows, processes, rank
 
 # ---- start and end
@@ -251,6 +252,17 @@ def fit_batch(args, pictures):
         raise Stop(f"a batch of {batch_size} images for {size} processes is too small for batch norm: --batch-size "
                    f"must be at least {2 * size}, and so must the number of pictures")
     return batch_size
+
+
+def evaluation(args, device, train, test, backbone):
+    """Two functions: features(network, images) -> (n, F) of this process's pictures, by the network in evaluation mode;
+    knn() -> accuracy of the backbone's features in percent, a label depth, or None without labels.
+    """
+    def features(network, images):
+        return common.extract_features(network, images, args.image_size, device=device, workers=args.workers,
+                                       amp=args.amp)
+
+    return features, lambda: common.knn_accuracy(train, test, lambda images: features(backbone, images))
 
 
 # ---- several processes

@@ -162,7 +162,7 @@ def test_hcsc_instance_golden():
     for prefix in ("", "edge_"):
         tree = golden_tree(g, prefix)
         keep = common.hcsc_instance_selection(queue, tree, g["index"])
-        clipped, _ = hcsc.released_selection(tree, g["index"], queue, g["T"])
+        clipped, _ = hcsc.select(queue, tree, g["index"], g["T"], hcsc.RELEASE)
         masks = [g[f"{prefix}mask_{level}"] for level in range(3)]
         for level in range(3):
             assert_close(keep[level], g[f"{prefix}p_select_{level}"], **EXACT)
@@ -212,7 +212,7 @@ def test_hcsc_released_selection_golden():
     g = golden("hcsc_proto")
     for prefix in ("", "edge_"):
         tree = golden_tree(g, prefix)
-        _, keep = hcsc.released_selection(tree, g["index"], unit(Q, 16), g["T"])
+        _, keep = hcsc.select(unit(Q, 16), tree, g["index"], g["T"], hcsc.RELEASE)
         for level in range(2):
             assert_close(keep[level][:, g[f"neg_id_upstream_{level}"]], g[f"{prefix}p_bernoulli_upstream_{level}"],
                          rtol=0, atol=5e-6)
@@ -262,7 +262,7 @@ def test_hcsc_total_golden():
         instance = [g[f"{case}_inst_mask_{level}"] for level in range(3)]
         prototype = [prototype_masks(f"{case}_proto_mask")]
         prototype += [prototype_masks(f"{case}_local{v}_proto_mask") for v in range(len(small))]
-        terms = hcsc.hcsc_terms([q, *small], k, queue, tree, index, instance, prototype, g["T"], release=True,
+        terms = hcsc.hcsc_terms([q, *small], k, queue, tree, index, instance, prototype, g["T"], hcsc.RELEASE,
                                 local_selection=case == "multi")
         total = sum(terms.values())
         total.backward()
