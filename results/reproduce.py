@@ -1,0 +1,309 @@
+"""Every number of the READMEs from one list of runs: run what is missing, keep the logs, write the tables from them.
+
+    python results/reproduce.py --list                  # the runs below and what there is of each
+    python results/reproduce.py                         # run what is missing, in the order below, then the tables
+    python results/reproduce.py --only 'textures/*-[0-2]' --jobs 2 --dry-run
+    python results/reproduce.py --tables                # run nothing: tables and picture anew from the logs
+    python results/reproduce.py --check                 # exit 1, and say where, if one is not what its logs give
+
+Each run has one thread and low priority; Ctrl-C stops, the next call goes on from there. What a run leaves in
+runs/STUDY/NAME-SEED-CODE/ is evaluated by eval_linear.py; its config, log and evaluation, and run.json (command, code,
+CPU seconds), come to results/STUDY/NAME-SEED/. CODE is a hash of the script, common.py, plumbing.py and textures.py
+without comments and docstrings; where a log's is not today's, its row of a table says "earlier code".
+
+In the tables: mean ± standard deviation over the seeds. Differences are paired, seed by seed, to the plain method, with
+the 95 % interval of Student's t; "helps" or "hurts" stands only where that excludes 0.
+"""
+
+import argparse
+import ast
+import fnmatch
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tokenize
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from tables import BLOCK, Log, Setting, cost_table, picture, rendered, study_table, unfounded, verdict
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "results" / "README.md"]
+
+# ---- what is run, most wanted first
+
+STUDIES = {  # arguments of all runs of a study; those of their evaluation (None: the log is enough)
+    "default": ("", None),
+    "textures": ("--epochs 60 --eval-every 5", "--protocol linear knn hierarchy --clusters 27 9 3"),
+    "validation": ("--epochs 60 --eval-every 20 --validation", None),  # the test pictures are never read
+    "cifar100": ("--data {cifar100} --arch tiny --stem 3x3s2 --batch-size 64 --base-lr 0.48 --ema-momentum 0.99 "
+                 "--epochs 30 --eval-every 3", "--protocol linear knn hierarchy --clusters 100 20"),
+    "gpu": ("--data {cifar100} --device cuda --amp --compile --eval-every 10",
+            "--protocol linear knn hierarchy --clusters 100 20"),
+}
+RUNS = [  # study, name, seeds, the plain method it is compared with, script and its own arguments
+    ("default", "hirl_moco", 1, None, "hirl_moco.py"),
+    ("textures", "moco", 5, None, "hirl_moco.py --clusters 0"),
+    ("textures", "hirl-moco-papers", 5, "moco", "hirl_moco.py --clusters 810 270 27"),
+    ("textures", "hcsc-papers", 5, "moco", "hcsc.py --clusters 81 54 27"),
+    ("textures", "hirl-moco-coarse", 5, "moco", "hirl_moco.py --clusters 108 27 9"),
+    ("textures", "hcsc-release", 5, "moco", "hcsc.py --clusters 81 54 27 --release"),
+    ("gpu", "moco", 3, None, "hirl_moco.py --clusters 0"),
+    ("gpu", "hirl-moco", 3, "moco", "hirl_moco.py"),
+    ("gpu", "hcsc", 3, "moco", "hcsc.py"),
+]
+
+# ---- what is shown, between <!-- table: NAME --> and <!-- end --> of the two READMEs
+
+TEXTURES = {"kNN, 3 families": "knn 0", "9 kinds": "knn 1", "27 leaves": "knn 2"}
+CIFAR = {"kNN, 20 classes": "knn 0", "100 classes": "knn 1"}
+TABLES = {  # a study and its columns, heading: measure
+    "default": ("default", {**TEXTURES, "error, of before": "error", "CPU minutes": "cpu"}),
+    "textures": ("textures", {**TEXTURES, "linear, 27 leaves": "linear", "27 leaves by kNN, beside the plain method":
+                              "difference knn 2"}),
+    "textures-trees": ("textures", {"NMI, 3 clusters": "nmi 3", "9": "nmi 9", "27": "nmi 27", "rank correlation":
+                                    "rank", "9 kinds by kNN, beside the plain method": "difference knn 1",
+                                    "CPU minutes": "cpu"}),
+    "validation": ("validation", {**TEXTURES, "27 leaves, beside the plain method": "difference knn 2"}),
+    "cifar100": ("cifar100", {**CIFAR, "linear, 100 classes": "linear", "100 classes by kNN, beside the plain method":
+                              "difference knn 1"}),
+    "cifar100-trees": ("cifar100", {"NMI, 20 clusters": "nmi 20", "100": "nmi 100", "rank correlation": "rank",
+                                    "CPU minutes": "cpu"}),
+    "gpu": ("gpu", {**CIFAR, "linear, 100 classes": "linear", "100 classes by kNN, beside the plain method":
+                    "difference knn 1", "minutes": "minutes"}),
+}
+PICTURE = ("textures", {"moco": "#777777", "hirl-moco-papers": "#0072b2", "hcsc-papers": "#d55e00"},
+           {"9 kinds": 1, "27 leaves": 2})  # a study, its runs' colours, a panel a label level
+COSTS = [  # log in results/, numbers in it, what they are, how they are said
+    ("bench_losses.txt", r"ratio +(\S+) x faster, (\S+) of the memory",
+     "path loss, forward and backward, B 256, D 128, K 30000-10000-1000, M 1000, against gathered prototypes",
+     "{}x faster, {} of the memory"),
+    ("bench_hcsc.txt", r"ratio +(\S+) x faster; (\S+) % of",
+     "HCSC's selection and both losses, B 256, Q 16384, K 3000-2000-1000, against loops with Python sets; share of a "
+     "ResNet-18 step", "{}x faster; {} %"),
+    ("bench_neighbours.txt", r"ours +\S+ +(\S+)", "`nearest_neighbours`, 50,000 x 512, k 5: time over faiss-cpu's",
+     "{}"),
+    ("bench_pipeline_textures.txt", r"on a fixed batch +(\S+)(?s:.*)with / without hierarchy +(\S+)",
+     "the default's step on the real pipeline, over a step on a fixed batch; its epoch with hierarchy, over without",
+     "{}; {}"),
+    ("bench_pipeline_cifar.txt", r"on a fixed batch +(\S+)(?s:.*)with / without hierarchy +(\S+)",
+     "the same for ResNet-18 on CIFAR-100", "{}; {}"),
+    ("bench_kmeans_cpu.txt", r"(?s:tree 1000-100-10.*?ours +\S+ +(\S+).*tree 3000-2000-1000.*?ours +\S+ +(\S+))",
+     "trees 1000-100-10 and 3000-2000-1000 of 50,000 x 128: time over faiss's (niter 20, nredo 5)", "{}; {}"),
+]
+
+
+class Run(NamedTuple):
+    """One training run."""
+
+    study: str
+    name: str
+    seed: int
+    plain: str  # name of the plain method it is compared with, or None
+    command: str  # script and its own arguments
+
+    @property
+    def id(self):
+        return f"{self.study}/{self.name}-{self.seed}"
+
+    @property
+    def arguments(self):
+        return " ".join(filter(None, [self.command, STUDIES[self.study][0], f"--seed {self.seed}"]))
+
+
+def all_runs():
+    """The list, seed by seed within a study: the first seeds of everything come first."""
+    runs = [Run(study, name, seed, plain, command) for study, name, seeds, plain, command in RUNS
+            for seed in range(seeds)]
+    return sorted(runs, key=lambda run: (list(STUDIES).index(run.study), run.seed))
+
+
+# ---- code and logs
+
+
+def bare(source):
+    """Python source without comments, docstrings and blank lines."""
+    lines = source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            text = node.body[0]
+            lines[text.lineno - 1:text.end_lineno] = [""] * (text.end_lineno - text.lineno + 1)
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    return "\n".join(line.rstrip() for line in lines if line.strip())
+
+
+def code_version(script):
+    """Eight digits that change when the code behind a log does."""
+    files = (script, "common.py", "plumbing.py", "textures.py")
+    content = "\n".join(bare((ROOT / name).read_text()) for name in files)
+    return hashlib.blake2b(content.encode(), digest_size=4).hexdigest()
+
+
+def read(run):
+    """The Log of a run; None where there is none, or one of other arguments than the list's."""
+    folder = ROOT / "results" / run.id
+    about = json.loads((folder / "run.json").read_text()) if (folder / "run.json").exists() else {}
+    if about.get("arguments") != run.arguments:
+        return None
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    path = folder / "eval.json"
+    return Log(about, rows, json.loads(path.read_text())["results"] if path.exists() else {})
+
+
+def is_earlier(run, log):
+    return log.run["code"] != code_version(run.command.split()[0])
+
+
+# ---- running
+
+
+def execute(command, folder):
+    """Run a script, its output to FOLDER.out; its time, and that of its earlier tries, is added up in FOLDER.time.
+
+    Returns (seconds, CPU seconds). Raises CalledProcessError.
+    """
+    begun, path = time.perf_counter(), folder.with_name(folder.name + ".time")
+    with open(folder.with_name(folder.name + ".out"), "a") as out:
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=out, stderr=out,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    before = json.loads(path.read_text()) if path.exists() else [0, 0]
+    spent = [before[0] + time.perf_counter() - begun, before[1] + usage.ru_utime + usage.ru_stime]
+    path.write_text(json.dumps(spent))
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return spent
+
+
+def perform(run, args):
+    """Train, evaluate, keep. Says how it ended."""
+    script, *arguments = run.arguments.format(cifar100=args.cifar100).split()
+    code, evaluation = code_version(script), STUDIES[run.study][1]
+    folder = ROOT / "runs" / f"{run.id}-{code}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    out, begun = str(folder.relative_to(ROOT)), (folder / "config.json").exists()
+    print(f"{run.id}: {'goes on' if begun else 'begins'}, see {out}.out", flush=True)
+    try:
+        seconds, cpu_seconds = execute([script, *arguments, "--out", out, *["--resume"] * begun], folder)
+        if evaluation:
+            (folder / "eval.json").unlink(missing_ok=True)
+            execute(["eval_linear.py", "--run", out, *evaluation.split()], folder.with_name(folder.name + "-eval"))
+    except subprocess.CalledProcessError as error:
+        print(f"{run.id}: ended with code {error.returncode}, the last lines of {out}*.out say why", flush=True)
+        return
+    kept = ROOT / "results" / run.id
+    kept.mkdir(parents=True, exist_ok=True)
+    for path in (folder / name for name in ("config.json", "log.jsonl", "eval.json")):
+        if path.exists():
+            (kept / path.name).write_text(path.read_text().replace(args.cifar100, "cifar100"))
+    (kept / "run.json").write_text(json.dumps(dict(
+        arguments=run.arguments, code=code, seconds=round(seconds), cpu_seconds=round(cpu_seconds)), indent=1) + "\n")
+    if run.study == "default" and (folder / "tree.png").exists():
+        shutil.copy(folder / "tree.png", kept)
+    print(f"{run.id}: done, {cpu_seconds / 60:.1f} CPU minutes", flush=True)
+
+
+def perform_all(runs, args):
+    os.nice(15)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    pool = ThreadPoolExecutor(args.jobs)
+    try:
+        for _ in pool.map(perform, runs, [args] * len(runs)):
+            pass
+    except KeyboardInterrupt:
+        pool.shutdown(cancel_futures=True)  # the scripts have had the signal too: they save and end
+        sys.exit("stopped: the same command goes on from here")
+
+
+# ---- tables and picture
+
+
+def settings(study):
+    """name -> Setting of a study."""
+    logs, commands, plain = {}, {}, {}
+    for run in all_runs():
+        if run.study == study:
+            commands[run.name], plain[run.name] = run, run.plain
+            log = read(run)
+            logs.setdefault(run.name, {}).update({run.seed: log} if log else {})
+    return {name: Setting(f"`{run.command}`", any(is_earlier(run, log) for log in logs[name].values()),
+                          logs.get(plain[name], {}), logs[name]) for name, run in commands.items()}
+
+
+def made_of_logs():
+    """(name -> text of a table, the picture's text)."""
+    of = {study: settings(study) for study in STUDIES}
+    study, colours, panels = PICTURE
+    curves = {name: (colour, [*of[study][name].logs.values()]) for name, colour in colours.items()}
+    return {"verdict": verdict(of["default"]["hirl_moco"].logs.get(0)), "cost": cost_table(COSTS, ROOT / "results"),
+            **{name: study_table(of[study].values(), columns) for name, (study, columns) in TABLES.items()},
+            }, picture(curves, panels)
+
+
+def check():
+    """What is wrong with the pages and the picture, a line each."""
+    (made, drawn), wrong = made_of_logs(), []
+    for page in PAGES:
+        text, name = page.read_text(), page.relative_to(ROOT)
+        wrong += [f"{name}: table {block[2]} is not what its logs give" for block in BLOCK.finditer(text)
+                  if block[0] != rendered(block[0], made) or block[2] not in made]
+        wrong += [f"{name}: {number} is in no log that its paragraph names" for number in unfounded(text, ROOT)]
+    path = ROOT / "results" / "knn.svg"
+    return wrong + ["results/knn.svg is not what its logs give"] * (not path.exists() or path.read_text() != drawn)
+
+
+def write():
+    made, drawn = made_of_logs()
+    for page in PAGES:
+        page.write_text(rendered(page.read_text(), made))
+    (ROOT / "results" / "knn.svg").write_text(drawn)
+
+
+# ---- main
+
+
+def parse_args():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--only", default="*", metavar="PATTERN", help="runs STUDY/NAME-SEED that match, as 'textures/*-0'")
+    p.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    p.add_argument("--renew", action="store_true", help="also run anew what earlier code has made")
+    p.add_argument("--cifar100", default="cifar100", help="--data of those runs: a folder, or torchvision's")
+    for name, what in (("list", "the runs and their state"), ("dry-run", "the commands of what would be run"),
+                       ("tables", "write tables and picture, run nothing"), ("check", "compare them, write nothing")):
+        p.add_argument(f"--{name}", action="store_true", help=what)
+    return p.parse_args()
+
+
+def main():
+    args = parse_args()
+    if args.check:
+        wrong = check()
+        print("\n".join(wrong) or "every table and number is what its logs give")
+        sys.exit(bool(wrong))
+    chosen = [(run, read(run)) for run in all_runs() if fnmatch.fnmatch(run.id, args.only)]
+    missing = [run for run, log in chosen if not log or args.renew and is_earlier(run, log)]
+    if args.list:
+        for run, log in chosen:
+            state = "missing" if not log else "earlier code" if is_earlier(run, log) else "done"
+            print(f"{state:13} {run.id:35} {run.arguments}")
+    elif args.dry_run:
+        print("\n".join(f"python {run.arguments.format(cifar100=args.cifar100)}" for run in missing))
+    else:
+        if not args.tables:
+            perform_all(missing, args)
+        write()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Tables, picture and checks of reproduce.py: logs in, text out. Nothing here knows which runs there are.
+
+A *setting* is one row of a table: its label, whether a log of it is of earlier code, the logs of the plain method it is
+compared with, and its own, both as seed -> Log.
+"""
+
+import re
+import statistics
+from typing import NamedTuple
+
+
+class Log(NamedTuple):
+    """What is kept of a run."""
+
+    run: dict  # run.json: arguments, code, seconds, cpu_seconds
+    rows: list  # of log.jsonl, an epoch each; row 0 precedes training
+    results: dict  # of eval.json, a list of rows a protocol
+
+    def measure(self, what):
+        """A number by the name that the list of tables gives it; None where it was not evaluated."""
+        name, _, place = what.partition(" ")
+        if name == "knn":  # percent, a label level
+            return self.rows[-1]["knn"][int(place)]
+        if name in ("cpu", "minutes"):
+            return self.run["cpu_seconds" if name == "cpu" else "seconds"] / 60
+        if name == "linear":  # percent, the finest label level
+            return next((row["last"] for row in self.results.get("linear", ())), None)
+        if name == "rank":  # correlation of distances in the tree of the features and in the true tree
+            return next((row["rank_correlation"] for row in self.results.get("tree", ())), None)
+        return next((row["nmi"] for row in self.results.get("hierarchy", ())  # as many clusters as classes
+                     if row["tree"] == "features" and row["clusters"] == row["classes"] == int(place)), None)
+
+    def errors(self):
+        """What is left of the error of the better of raw pixels and untrained network, a label level."""
+        before = [max(pair) for pair in zip(self.rows[0]["knn"], self.rows[0]["knn_pixels"])]
+        return [(100 - now) / max(100 - was, 1e-9) for now, was in zip(self.rows[-1]["knn"], before)]
+
+
+class Setting(NamedTuple):
+    """A row of a table."""
+
+    label: str
+    earlier: bool
+    plain: dict
+    logs: dict
+
+
+# ---- cells
+
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # two-sided, by df
+
+
+def mean_std(values, digits):
+    """Values, None among them, as text: mean ± standard deviation."""
+    values = [value for value in values if value is not None]
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}" if values else ""
+
+
+def interval(differences):
+    """Mean and half width of the 95 % interval of Student's t; None for the width of one value."""
+    mean, n = statistics.mean(differences), len(differences)
+    return mean, T95[n - 1] * statistics.stdev(differences) / n ** 0.5 if n > 1 else None
+
+
+def difference(logs, plain, what):
+    """Paired over the seeds that both have, with its interval and the word that follows from it."""
+    both = [log.measure(what) - plain[seed].measure(what) for seed, log in logs.items() if seed in plain]
+    if not both:
+        return ""
+    mean, half = interval(both)
+    if half is None:
+        return f"{mean:+.1f}, one seed"
+    word = "helps " if mean > half else "hurts " if mean < -half else ""
+    return f"{word}{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
+
+
+def cell(setting, what):
+    logs = setting.logs.values()
+    if what == "error":
+        return ", ".join(f"{statistics.mean(share):.2f}x" for share in zip(*(log.errors() for log in logs)))
+    if what.startswith("difference "):
+        return difference(setting.logs, setting.plain, what.removeprefix("difference "))
+    return mean_std([log.measure(what) for log in logs], 3 if what.startswith(("nmi", "rank")) else 1)
+
+
+# ---- tables
+
+
+def markdown(lines):
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def study_table(settings, columns):
+    """columns: heading -> measure. What has no log is "not run"."""
+    lines = [["", "seeds", *columns], ["---"] * (len(columns) + 2)]
+    for setting in settings:
+        label = setting.label + " (earlier code)" * setting.earlier
+        cells = [cell(setting, what) if setting.logs else "" for what in columns.values()]
+        lines.append([label, str(len(setting.logs) or "not run"), *cells])
+    return markdown(lines)
+
+
+def verdict(log):
+    """The last lines of a run on textures, as it prints them."""
+    if not log:
+        return "not run"
+    values = {"raw pixels": log.rows[0]["knn_pixels"], "untrained network": log.rows[0]["knn"],
+              "trained network": log.rows[-1]["knn"]}
+    lines = [f"    {'kNN accuracy (%)':20}" + "".join(f"{n:>7} classes" for n in (3, 9, 27))]
+    lines += [f"    {name:20}" + "".join(f"{value:15.1f}" for value in row) for name, row in values.items()]
+    return "\n".join([*lines, f"    {'error, of before':20}" + "".join(f"{share:14.2f}x" for share in log.errors())])
+
+
+def cost_table(costs, folder):
+    """costs: (file, pattern with groups, what they say, text for the groups)."""
+    lines = [["log", "what", "ratio"], ["---"] * 3]
+    for file, pattern, what, text in costs:
+        found = re.search(pattern, (folder / file).read_text()) if (folder / file).exists() else None
+        lines.append([f"`{file}`", what, text.format(*found.groups()) if found else "not run"])
+    return markdown(lines)
+
+
+# ---- picture
+
+
+def picture(curves, panels):
+    """kNN by epoch, mean and range over the seeds, as SVG text.
+
+    curves: name -> (colour, [Log]); panels: title -> label level, two of them side by side.
+    """
+    knn = {name: [{row["epoch"]: row["knn"] for row in log.rows[1:] if row["knn"]} for log in logs]
+           for name, (_, logs) in curves.items() if logs}
+    last = max((max(run) for runs in knn.values() for run in runs), default=1)
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 300" font-family="sans-serif" font-size="13">',
+             '<rect width="760" height="300" fill="white"/>']
+    for left, (title, level) in zip((50, 430), panels.items()):
+        values = [value[level] for runs in knn.values() for run in runs for value in run.values()] or [0, 100]
+        low, high = min(values), max(values)
+
+        def place(epoch, value, left=left, low=low, high=high):
+            return f"{left + 300 * epoch / last:.1f},{250 - 220 * (value - low) / max(high - low, 1e-9):.1f}"
+
+        parts.append(f'<text x="{left}" y="18">kNN, {title}, %, by epoch: mean and range over the seeds</text>')
+        for tick in range(int(low // 10 + 1) * 10, int(high) + 1, 10):
+            y = place(0, tick).split(",")[1]
+            parts.append(f'<path d="M{left} {y}h300" stroke="#ddd"/><text x="{left - 24}" y="{y}">{tick}</text>')
+        parts += [f'<text x="{left + 300 * e / last - 8:.0f}" y="272">{e}</text>' for e in range(0, last + 1, 10)]
+        for i, (name, runs) in enumerate(knn.items()):
+            epochs, colour = sorted(set.intersection(*map(set, runs))), curves[name][0]
+            at = {epoch: [run[epoch][level] for run in runs] for epoch in epochs}
+            band = [place(e, max(at[e])) for e in epochs] + [place(e, min(at[e])) for e in reversed(epochs)]
+            mean = [place(e, statistics.mean(at[e])) for e in epochs]
+            parts += [f'<polygon points="{" ".join(band)}" fill="{colour}" opacity="0.2"/>',
+                      f'<polyline points="{" ".join(mean)}" fill="none" stroke="{colour}" stroke-width="2"/>',
+                      f'<text x="{left + 130}" y="{190 + 18 * i}" fill="{colour}">{name} ({len(runs)})</text>']
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+# ---- pages
+
+BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.S)
+
+
+def rendered(page, made):
+    """A page with the text between its markers replaced by what is `made` (name -> text) of the logs."""
+    return BLOCK.sub(lambda block: f"{block[1]}\n{made.get(block[2], 'no such table')}\n\n{block[3]}", page)
+
+
+def unfounded(page, root):
+    """Numbers without a log: with a decimal point or in percent, in the sections Quick start, Results and Cost, outside
+    tables between markers and outside code, that no file under results/ named in their paragraph holds, as it stands or
+    rounded.
+    """
+    bad = []
+    for section in re.findall(r"^## (?:Quick start|Results|Cost)\b.*?(?=^## |\Z)", BLOCK.sub("", page), re.S | re.M):
+        for paragraph in re.sub(r"^    .*?$", "", section, flags=re.M).split("\n\n"):
+            files = [root / name.rstrip(".") for name in re.findall(r"results/[\w./-]+", paragraph)]
+            known = [float(value) for file in files if file.suffix in (".txt", ".json", ".jsonl") and file.is_file()
+                     for value in re.findall(r"\d+(?:\.\d+)?", file.read_text())]
+            prose = re.sub(r"`[^`]*`|\]\(.*?\)|\d{4}\.\d{5}", "", paragraph)  # code, links, arXiv's numbers
+            for number in re.findall(r"(?<![\w.])\d+\.\d+(?![\d.])|(?<![\w.])\d+(?= ?%)", prose):
+                if not any(f"{value:.{len(number.partition('.')[2])}f}" == number for value in known):
+                    bad.append(number)
+    return bad
