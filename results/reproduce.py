@@ -187,7 +187,7 @@ def execute(command, folder):
 
 
 def perform(run, args):
-    """Train, evaluate, keep. Says how it ended."""
+    """Train, evaluate, keep; says how it ended, and returns whether it did."""
     script, *arguments = run.arguments.format(cifar100=args.cifar100).split()
     code, evaluation = code_version(script), STUDIES[run.study][1]
     folder = ROOT / "runs" / f"{run.id}-{code}"
@@ -201,7 +201,7 @@ def perform(run, args):
             execute(["eval_linear.py", "--run", out, *evaluation.split()], folder.with_name(folder.name + "-eval"))
     except subprocess.CalledProcessError as error:
         print(f"{run.id}: ended with code {error.returncode}, the last lines of {out}*.out say why", flush=True)
-        return
+        return False
     kept = ROOT / "results" / run.id
     kept.mkdir(parents=True, exist_ok=True)
     for path in (folder / name for name in ("config.json", "log.jsonl", "eval.json")):
@@ -212,15 +212,16 @@ def perform(run, args):
     if run.study == "default" and (folder / "tree.png").exists():
         shutil.copy(folder / "tree.png", kept)
     print(f"{run.id}: done, {cpu_seconds / 60:.1f} CPU minutes", flush=True)
+    return True
 
 
 def perform_all(runs, args):
+    """All of them, args.jobs at a time; returns whether all ended well."""
     os.nice(15)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     pool = ThreadPoolExecutor(args.jobs)
     try:
-        for _ in pool.map(perform, runs, [args] * len(runs)):
-            pass
+        return all([*pool.map(perform, runs, [args] * len(runs))])
     except KeyboardInterrupt:
         pool.shutdown(cancel_futures=True)  # the scripts have had the signal too: they save and end
         sys.exit("stopped: the same command goes on from here")
@@ -300,9 +301,9 @@ def main():
     elif args.dry_run:
         print("\n".join(f"python {run.arguments.format(cifar100=args.cifar100)}" for run in missing))
     else:
-        if not args.tables:
-            perform_all(missing, args)
+        well = args.tables or perform_all(missing, args)
         write()
+        sys.exit(not well)
 
 
 if __name__ == "__main__":
