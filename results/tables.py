@@ -22,7 +22,8 @@ class Log(NamedTuple):
         if name == "knn":  # percent, a label level
             return self.rows[-1]["knn"][int(place)]
         if name in ("cpu", "minutes"):
-            return self.run["cpu_seconds" if name == "cpu" else "seconds"] / 60
+            seconds = self.run.get("cpu_seconds" if name == "cpu" else "seconds")
+            return seconds and seconds / 60
         if name == "linear":  # percent, the finest label level
             return next((row["last"] for row in self.results.get("linear", ())), None)
         if name == "rank":  # correlation of distances in the tree of the features and in the true tree
@@ -101,15 +102,17 @@ def study_table(settings, columns):
     return markdown(lines)
 
 
-def verdict(log):
-    """The last lines of a run on textures, as it prints them."""
-    if not log:
+def verdict(setting):
+    """The last lines of the first run on textures, as it prints them."""
+    if not setting.logs:
         return "not run"
+    log = setting.logs[0]
     values = {"raw pixels": log.rows[0]["knn_pixels"], "untrained network": log.rows[0]["knn"],
               "trained network": log.rows[-1]["knn"]}
     lines = [f"    {'kNN accuracy (%)':20}" + "".join(f"{n:>7} classes" for n in (3, 9, 27))]
     lines += [f"    {name:20}" + "".join(f"{value:15.1f}" for value in row) for name, row in values.items()]
-    return "\n".join([*lines, f"    {'error, of before':20}" + "".join(f"{share:14.2f}x" for share in log.errors())])
+    lines.append(f"    {'error, of before':20}" + "".join(f"{share:14.2f}x" for share in log.errors()))
+    return "\n".join(lines + ["", "(earlier code)"] * setting.earlier)
 
 
 def cost_table(costs, folder):
@@ -168,18 +171,16 @@ def rendered(page, made):
 
 
 def unfounded(page, root):
-    """Numbers without a log: with a decimal point or in percent, in the sections Quick start, Results and Cost, outside
-    tables between markers and outside code, that no file under results/ named in their paragraph holds, as it stands or
-    rounded.
+    """Numbers without a log: those with a decimal point or in percent, outside code and the tables between markers,
+    that no .txt, .json or .jsonl of results/ named in their paragraph holds, as it stands or rounded.
     """
     bad = []
-    for section in re.findall(r"^## (?:Quick start|Results|Cost)\b.*?(?=^## |\Z)", BLOCK.sub("", page), re.S | re.M):
-        for paragraph in re.sub(r"^    .*?$", "", section, flags=re.M).split("\n\n"):
-            files = [root / name.rstrip(".") for name in re.findall(r"results/[\w./-]+", paragraph)]
-            known = [float(value) for file in files if file.suffix in (".txt", ".json", ".jsonl") and file.is_file()
-                     for value in re.findall(r"\d+(?:\.\d+)?", file.read_text())]
-            prose = re.sub(r"`[^`]*`|\]\(.*?\)|\d{4}\.\d{5}", "", paragraph)  # code, links, arXiv's numbers
-            for number in re.findall(r"(?<![\w.])\d+\.\d+(?![\d.])|(?<![\w.])\d+(?= ?%)", prose):
-                if not any(f"{value:.{len(number.partition('.')[2])}f}" == number for value in known):
-                    bad.append(number)
+    for paragraph in re.sub(r"^    .*?$", "", BLOCK.sub("", page), flags=re.M).split("\n\n"):
+        named = re.findall(r"(?:results/)?([\w./-]+\.(?:txt|jsonl?))", paragraph)
+        texts = [(root / "results" / name).read_text() for name in named if (root / "results" / name).is_file()]
+        known = [float(value) for text in texts for value in re.findall(r"\d+(?:\.\d+)?", text)]
+        prose = re.sub(r"`[^`]*`|\]\(.*?\)|\d{4}\.\d{5}", "", paragraph)  # code, links, arXiv's numbers
+        for number in re.findall(r"(?<![\w.])\d+\.\d+(?![\d.])|(?<![\w.])\d+(?= ?%(?! interval))", prose):
+            if not any(f"{value:.{len(number.partition('.')[2])}f}" == number for value in known):
+                bad.append(number)
     return bad

@@ -40,7 +40,7 @@ def log(copy):
     """log.jsonl of a run of today's code that stands in a table."""
     listed = (line.split() for line in reproduce(copy, "--list")[1].splitlines())
     done = [words[1] for words in listed if words[0] == "done" and words[1].startswith("textures/")]
-    if not done:  # all logs are of earlier code: one is passed off as today's
+    if not done:
         pytest.skip("no log of today's code")
     return copy / "results" / done[0] / "log.jsonl"
 
