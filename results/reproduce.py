@@ -18,6 +18,7 @@ the 95 % interval of Student's t; "helps" or "hurts" stands only where that excl
 import argparse
 import ast
 import fnmatch
+import functools
 import hashlib
 import io
 import json
@@ -139,8 +140,10 @@ def all_runs():
 # ---- code and logs
 
 
-def bare(source):
-    """Python source without comments, docstrings and blank lines."""
+@functools.cache
+def bare(name):
+    """A Python file without comments, docstrings and blank lines."""
+    source = (ROOT / name).read_text()
     lines = source.splitlines()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
@@ -156,8 +159,7 @@ def bare(source):
 def code_version(script):
     """Eight digits that change when the code behind a log does."""
     files = (script, "common.py", "plumbing.py", "textures.py")
-    content = "\n".join(bare((ROOT / name).read_text()) for name in files)
-    return hashlib.blake2b(content.encode(), digest_size=4).hexdigest()
+    return hashlib.blake2b("\n".join(map(bare, files)).encode(), digest_size=4).hexdigest()
 
 
 def read(run):
