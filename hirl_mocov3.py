@@ -157,7 +157,7 @@ def level_head(dim, layers):
     return nn.Sequential(*mlp(*[dim] * (layers + 1), last_norm=False)[:-1], nn.Linear(dim, dim))
 
 
-# ---- [method] model
+# ---- [method] networks
 class MoCoV3(nn.Module):
     """Query encoder with a predictor, and the encoder's slow copy for the keys."""
 

@@ -130,7 +130,7 @@ def level_head(dim):
                          nn.Linear(dim, dim))
 
 
-# ---- [method] model
+# ---- [method] networks
 class SimSiam(nn.Module):
     """An encoder whose projector ends in a batch norm, and a predictor with a bottleneck, D -> width -> D."""
 
