@@ -348,7 +348,7 @@ def batches(images, batch_size, augmentations, *, seed, epoch, start=0, device="
 def extract_features(network, images, size, *, device="cpu", workers=0, batch_size=512, amp=False):
     """The network's (n, F) float32 output for the central crop of every picture, this rank's n rows of N.
 
-    In evaluation mode (and back); nothing is augmented and the order is kept.
+    In evaluation mode (and back); nothing is augmented and the order is kept. FloatingPointError: not finite.
     """
     training = network.training
     network.eval()
@@ -369,9 +369,8 @@ def extract_features(network, images, size, *, device="cpu", workers=0, batch_si
             features.append(network(channels_last(normalize_pixels(batch))).float())
     network.train(training)
     features = torch.cat(features)
-    if not features.isfinite().all():  # the losses were finite, but the last step was not
-        raise Stop("features = nan after the last step: stopped, the last checkpoint is good; try a lower --base-lr or "
-                   "leave out --amp, in another --out", code=1)
+    if not features.isfinite().all():
+        raise FloatingPointError("features are not finite")
     return features
 
 
@@ -998,8 +997,13 @@ def same_label(labels, neighbours):
 
 
 def knn_votes(sim, labels, classes, temperature=0.07):
-    """Votes (B, classes): each of the k neighbours gives exp(sim / temperature) to its label (B, k)."""
-    return sim.new_zeros(len(sim), classes).scatter_add_(1, labels, (sim / temperature).exp())
+    """Votes (B, classes): each of the k neighbours gives exp(sim / temperature) to its label (B, k).
+
+    Where that would overflow, every vote of the row is smaller by one factor: finite at any temperature.
+    """
+    top = sim.amax(dim=1, keepdim=True)
+    vote = ((sim - top) / temperature).exp() * (top / temperature).clamp(max=80).exp()  # (B, k)
+    return sim.new_zeros(len(sim), classes).scatter_add_(1, labels, vote)
 
 
 def knn_classify(train_x, train_y, test_x, classes, *, k=20, temperature=0.07):

@@ -11,36 +11,32 @@ one per cent of labels   python eval_linear.py --run runs/x --protocol linear fi
 somebody else's weights  python eval_linear.py --backbone FILE --arch resnet50 --data /imagenet
 the baseline             python eval_linear.py --run runs/x --untrained --out untrained.json
 
-  linear     softmax regression on the frozen backbone, one for every --lr, all trained at once. The features are
-             standardised by the training pictures' mean and deviation: an affine map, the probe stays linear.
+  linear     softmax regression on the frozen backbone, one for every --lr, all trained at once
              --linear features: of the central crop, computed once; augment: of random crops and flips
   knn        each of the k most similar training pictures votes exp(cosine / temperature)
   finetune   the whole network (a copy) and a new linear layer, on random crops and flips; tested 20 times
   cluster    k-means of the unit features of the test pictures, one cluster a class, against the labels
   hierarchy  the tree of k-means of the unit features of all training pictures, and the tree that the run left
-             in clusters.csv (of its projections), against the label tree: per level, by path, by distance
+             in clusters.csv (of its projections), against the label tree: each by each, and by distance
 
-Label levels count from the coarsest, level 0; clusters are numbered as in the methods, level 0 the finest. There
-is no validation split: the best epoch and the best --lr are chosen on the test pictures. Quote the last epoch; the
-best is an upper bound. Every protocol leaves the backbone as it was, byte for byte, which is checked.
+Labels have a depth, 0 the coarsest; clusters have a level, 0 the finest, as in the methods. There is no validation
+split: the best epoch and the best --lr are chosen on the test pictures. Quote the last epoch; the best is an upper
+bound. Without test pictures every tenth training picture is one. Every protocol leaves the backbone as it was, byte
+for byte, which is checked. Error bars: repeat with --seed.
 
-Not computed: detection, segmentation, transfer to other data (give --data), error bars (repeat with --seed).
-
-Differs from the papers: features are standardised, so that one short list of learning rates serves every backbone
-(MoCo: raw features, lr 30); several learning rates where papers tune one; cosine decay unless --schedule step.
+Differs from the papers: features are standardised by the training pictures' mean and deviation (the probe stays
+linear), so that one short list of learning rates serves every backbone (MoCo: raw features, lr 30); several rates
+where papers tune one; cosine decay unless --schedule step.
 """
 
-import argparse
 import copy
 import csv
-import functools
+import itertools
 import json
 import math
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -57,45 +53,38 @@ IMAGE_SIZES = {"textures": 32, "cifar": 32, "photos": 96, "imagenet": 224}  # by
 
 
 # ---- arguments
-def fraction(text):
-    """An argparse type: a number above 0, at most 1."""
-    if not 0 < float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} must be above 0 and at most 1")
-    return float(text)
-
-
 def parse_args(argv=None):
     p = plumbing.Parser(description=__doc__, allow_abbrev=False, formatter_class=plumbing.HelpFormatter)
     add, positive = p.add_argument, plumbing.positive
+    rate, rate_or_0 = positive(float, most=1e6), positive(float, zero=True, most=1e6)
     add("--run", help="run folder: backbone.pt and, from config.json, data, arch, stem, image size, clusters")
     add("--backbone", metavar="FILE", help="weights: backbone.pt, checkpoint.pt, torchvision's, a state dict")
     add("--untrained", action="store_true", help="no weights: a freshly initialised backbone")
-    add("--arch", help="tiny, or a torchvision ResNet, as resnet50 (the run's)")
-    add("--stem", choices=list(common.STEMS), help="first layer (the run's, or as in the weights)")
-    add("--image-size", type=positive(int), help="side of the pictures, pixels (the run's, or by data)")
+    add("--arch", help="tiny, or a torchvision ResNet or ViT, as resnet50, vit_b_16 (the run's)")
+    add("--stem", choices=list(common.STEMS), help="first layer of a ResNet (the run's; 7x7 is seen in the weights)")
+    add("--image-size", type=positive(int, most=4096), help="side of the pictures, pixels (the run's, or by data)")
     add("--data", default="textures", help="textures, cifar10, cifar100, stl10 or a folder (the run's)")
     add("--data-root", default="data", help="where torchvision's sets are kept (the run's)")
     add("--out", metavar="FILE", help="for the results (eval.json in the run folder, or here)")
     add("--protocol", nargs="+", choices=list(PROTOCOLS), default=["linear", "knn"], help="what to compute")
-    add("--labels", type=fraction, default=1.0, help="of each class's training pictures, in linear and finetune")
-    add("--level", type=int, nargs="+", help="label levels, 0 the coarsest (all; linear, finetune: the finest)")
+    add("--labels", type=positive(float, most=1), default=1.0, help="of each class, in linear and finetune")
+    add("--depth", type=int, nargs="+", help="of the labels, 0 the coarsest (all; linear, finetune: the finest)")
     add("--linear", choices=["features", "augment"], default="features", help="cached features, or random crops")
     add("--epochs", type=positive(int), default=100, help="of the linear probe")
-    add("--batch-size", type=positive(int), default=256,
-        help="pictures a step, linear and finetune (there at most a 16th of the pictures)")
-    add("--lr", type=positive(float), nargs="+", default=[0.01, 0.03, 0.1, 0.3, 1.0, 3.0],
+    add("--batch-size", type=positive(int), default=256, help="pictures a step (finetune: at most a 16th of them)")
+    add("--lr", type=rate, nargs="+", default=[0.01, 0.03, 0.1, 0.3, 1.0, 3.0],
         help="of the linear probe, each times batch-size / 256")
     add("--schedule", choices=["cosine", "step"], default="cosine", help="step: a tenth at 60 and 80 %% of epochs")
-    add("--weight-decay", type=positive(float, zero=True), default=0.0, help="linear and finetune")
+    add("--weight-decay", type=rate_or_0, default=0.0, help="linear and finetune")
     add("--finetune-epochs", type=positive(int), default=50, help="of fine-tuning")
-    add("--lr-trunk", type=positive(float, zero=True), default=0.1, help="fine-tuning, times batch-size / 256")
-    add("--lr-head", type=positive(float), default=5.0, help="fine-tuning, times batch-size / 256")
+    add("--lr-trunk", type=rate_or_0, default=0.1, help="fine-tuning, times batch-size / 256")
+    add("--lr-head", type=rate, default=5.0, help="fine-tuning, times batch-size / 256")
     add("--k", type=positive(int), default=20, help="neighbours of kNN")
     add("--temperature", type=positive(float), default=0.07, help="of kNN's votes")
     add("--clusters", type=positive(int), nargs="+", metavar="K",
-        help="clusters a level of the tree, finest first (the run's, or one a class of every label level)")
-    add("--pairs", type=positive(int), default=200_000, help="pairs of pictures whose tree distances are compared")
-    add("--seed", type=int, default=0, help="of everything random")
+        help="clusters a level of the tree, finest first (the run's, or one a class of every depth)")
+    add("--pairs", type=positive(int, most=10**7), default=200_000, help="of pictures, to compare tree distances")
+    add("--seed", type=positive(int, zero=True, most=2**63 - 1), default=0, help="of everything random")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     add("--workers", type=positive(int, zero=True), default=4, help="processes that decode large pictures")
     p.set_defaults(fingerprint=None)  # of the run's training pictures
@@ -113,195 +102,148 @@ def parse_args(argv=None):
 
 
 def run_defaults(folder):
-    """What config.json of a run says about its data and its backbone."""
+    """What config.json of a run says about its data and its backbone; texts, which argparse reads as it does flags."""
     path = folder / "config.json"
     if not path.is_file():
         raise Stop(f"{folder} is no run folder, it has no config.json: give the --out of a training run")
     config = plumbing.read_json(path)
-    names = ("data", "data_root", "arch", "stem", "image_size")
     try:
-        return dict(clusters=config["derived"]["clusters"] or None, fingerprint=config["derived"]["fingerprint"],
-                    **{name: config["arguments"][name] for name in names})
-    except (KeyError, TypeError) as error:
-        raise Stop(f"{path} is not of a training run ({error} is missing): give another --run") from error
+        told = {name: str(config["arguments"][name]) for name in ("data", "data_root", "arch", "stem", "image_size")}
+        common.STEMS[told["stem"]]
+        return dict(told, fingerprint=config["derived"]["fingerprint"],
+                    clusters=[int(k) for k in config["derived"].get("clusters") or []] or None)
+    except (KeyError, TypeError, ValueError) as error:
+        raise Stop(f"{path} is not of a training run ({error}): give another --run") from error
 
 
-# ---- measures: two labelings of the same n items, any integers or strings, compared
-def contingency(a, b):
-    """Labelings a, b (n,) -> sizes (A,) and (B,), and the non-empty cells (Z,): row, column, count.
+# ---- measures: clusters against labels
+def agreement(clusters, labels):
+    """How well two labelings (n,) of the same items, integers or strings, agree: {measure: value}, at most 1 each.
 
-    Raises ValueError where the lengths differ or there is nothing. The (A, B) table is never made.
+    With a_i, b_j, n_ij items in a cluster, a label, both; I = sum_ij n_ij/n log(n n_ij / (a_i b_j)) the mutual
+    information, H(a) = -sum_i a_i/n log(a_i/n) the entropy, S(x) = sum x (x - 1) the ordered pairs that are together:
+      nmi     I / mean(H(a), H(b)) in [0, 1]; grows with the number of clusters, even of random ones
+      ami     (I - E) / (mean(H(a), H(b)) - E), E as below: 0 on average for random labelings     Vinh et al. 2010
+      ari     (S(n_ij) - R) / (mean(S(a), S(b)) - R), R = S(a) S(b) / S(n): 0 on average          Hubert & Arabie 1985
+      purity  share of the items that carry the commonest label of their cluster; 1 for singletons
+    The same partition scores 1 throughout. Raises ValueError where the lengths differ or there is nothing.
     """
-    if len(a) != len(b) or len(a) == 0:
-        raise ValueError(f"two labelings of the same items are needed, not of {len(a)} and {len(b)}")
-    (row, a_sizes), (column, b_sizes) = (
-        np.unique(np.asarray(v), return_inverse=True, return_counts=True)[1:] for v in (a, b))
-    cell, count = np.unique(row.ravel() * len(b_sizes) + column.ravel(), return_counts=True)
-    return a_sizes, b_sizes, cell // len(b_sizes), cell % len(b_sizes), count
+    n = len(clusters)
+    if n != len(labels) or n == 0:
+        raise ValueError(f"two labelings of the same items are needed, not of {n} and {len(labels)}")
+    (row, a), (column, b) = (np.unique(np.asarray(v), return_inverse=True, return_counts=True)[1:]
+                             for v in (clusters, labels))
+    cell, both = np.unique(row.ravel() * len(b) + column.ravel(), return_counts=True)  # (Z,): no table (A, B)
+    if len(a) == len(b) == len(both):  # the same partition; 0 / 0 if one cluster or singletons
+        return dict(nmi=1.0, ami=1.0, ari=1.0, purity=1.0)
+    row, column, commonest = cell // len(b), cell % len(b), np.zeros_like(a)
+    np.maximum.at(commonest, row, both)
+    mutual = (both / n * np.log(n * both / (a[row] * b[column]))).sum()
+    mean = -sum((x / n * np.log(x / n)).sum() for x in (a, b)) / 2
+    random = expected_information(a, b)
+    pairs, pairs_a, pairs_b = (sum(x * (x - 1) for x in sizes.tolist()) for sizes in (both, a, b))  # exact for any n
+    every, twice = n * (n - 1), 2 * pairs_a * pairs_b
+    ari = (2 * pairs * every - twice) / ((pairs_a + pairs_b) * every - twice)
+    return dict(nmi=float((mutual / mean).clip(0, 1)), ami=float((mutual - random) / max(mean - random, 2**-52)),
+                ari=ari, purity=int(commonest.sum()) / n)
 
 
-def information(a_sizes, b_sizes, row, column, count):
-    """A `contingency` -> mutual information I and mean entropy (H(a) + H(b)) / 2, nats.
-
-    I = sum_ij n_ij/n log(n n_ij / (a_i b_j)),  H(a) = -sum_i a_i/n log(a_i/n)
-    """
-    n = a_sizes.sum()
-    mutual = (count / n * np.log(n * count / (a_sizes[row] * b_sizes[column]))).sum()
-    return float(mutual), float(-sum((sizes / n * np.log(sizes / n)).sum() for sizes in (a_sizes, b_sizes)) / 2)
-
-
-def expected_information(a_sizes, b_sizes, block=2**19):
-    """Mean mutual information, nats, of random labelings with these cluster sizes (A,), (B,).
+def expected_information(a_sizes, b_sizes):
+    """E: mean mutual information, nats, of random labelings with clusters of these sizes (A,), (B,).
 
     E = sum_ij sum_m m/n log(n m / (a_i b_j)) p_ij(m), where p is hypergeometric:
     p = a_i! b_j! (n-a_i)! (n-b_j)! / (n! m! (a_i-m)! (b_j-m)! (n-a_i-b_j+m)!)     Vinh et al. 2010, Eq. 24a
-    A pair of sizes is computed once however many clusters have them; memory is bounded by `block` numbers.
     """
-    n = int(a_sizes.sum())
+    n, total = int(a_sizes.sum()), 0.0
     log_f = np.fromiter(map(math.lgamma, range(1, n + 2)), np.float64)  # log_f[m] = log m!
-    (a, a_many), (b, b_many) = sorted((np.unique(s, return_counts=True) for s in (a_sizes, b_sizes)),
-                                      key=lambda sizes: len(sizes[0]))
-    total = 0.0
-    for size, many in zip(a.tolist(), a_many.tolist()):
-        m = np.arange(1, min(size, int(b[-1])) + 1)  # items in common
-        step = max(1, block // len(m))
-        for start in range(0, len(b), step):
-            other = b[start:start + step, None]  # (U, 1), against m (M,)
-            possible = (m <= other) & (m >= size + other - n)
-            left_b, left = np.maximum(other - m, 0), np.maximum(n - size - other + m, 0)
-            log_p = (log_f[size] + log_f[other] + log_f[n - size] + log_f[n - other]
-                     - log_f[n] - log_f[m] - log_f[size - m] - log_f[left_b] - log_f[left])
-            p = np.exp(np.where(possible, log_p, -np.inf))  # (U, M)
-            terms = (p * m / n * np.log(n * (m / (size * other)))).sum(axis=1)
-            total += many * float(terms @ b_many[start:start + step])
+    sizes = (zip(*(v.tolist() for v in np.unique(s, return_counts=True))) for s in (a_sizes, b_sizes))
+    for (a, a_many), (b, b_many) in itertools.product(*sizes):  # a pair of sizes once, however many clusters have them
+        m = np.arange(max(1, a + b - n), min(a, b) + 1)  # (M,) items in common
+        log_p = (log_f[a] + log_f[b] + log_f[n - a] + log_f[n - b]
+                 - log_f[n] - log_f[m] - log_f[a - m] - log_f[b - m] - log_f[n - a - b + m])
+        total += a_many * b_many * float((m / n * np.log(n * m / (a * b)) * np.exp(log_p)).sum())
     return total
 
 
-def nmi(a, b):
-    """Normalised mutual information I / mean(H(a), H(b)) in [0, 1]; 1 for the same partition.
-
-    Both one cluster: 1; one of them: 0. It grows with the number of clusters even for random ones: see ami.
-    """
-    table = contingency(a, b)
-    if len(table[0]) == len(table[1]) == 1:
-        return 1.0
-    mutual, mean = information(*table)
-    return min(1.0, max(0.0, mutual / mean))
-
-
-def ami(a, b):
-    """Adjusted mutual information (I - E) / (mean(H(a), H(b)) - E), E the mean I of random labelings.
-
-    At most 1, which the same partition scores; 0 on average for random ones, so it may be slightly below.
-    One of them one cluster: 0.
-    """
-    a_sizes, b_sizes, *cells = contingency(a, b)
-    if len(a_sizes) == len(b_sizes) == len(cells[0]):  # the same partition; 0 / 0 if one cluster or singletons
-        return 1.0
-    mutual, mean = information(a_sizes, b_sizes, *cells)
-    expected = expected_information(a_sizes, b_sizes)
-    return (mutual - expected) / max(mean - expected, 2**-52)
-
-
-def ari(a, b):
-    """Adjusted Rand index (S - E) / (M - E) over pairs of items, at most 1, 0 on average for random labelings.
-
-    S = sum_ij C(n_ij, 2) pairs together in both, E = sum_i C(a_i, 2) sum_j C(b_j, 2) / C(n, 2), M the mean of
-    the two sums. The same partition scores 1, n = 1 included. Whole numbers: exact for any n.
-    """
-    a_sizes, b_sizes, _, _, count = contingency(a, b)
-    together, in_a, in_b = (sum(int(c) * (int(c) - 1) for c in sizes) for sizes in (count, a_sizes, b_sizes))
-    if together == in_a == in_b:
-        return 1.0
-    n = int(a_sizes.sum())
-    pairs = n * (n - 1)
-    return (together * pairs - in_a * in_b) / ((in_a + in_b) * pairs / 2 - in_a * in_b)
-
-
-def commonest_shares(clusters, labels):
-    """Share in (0, 1] of each cluster's items that carry its commonest label (A,), and its size (A,)."""
-    sizes, _, row, _, count = contingency(clusters, labels)
-    commonest = np.zeros(len(sizes), np.int64)
-    np.maximum.at(commonest, row, count)
-    return commonest / sizes, sizes
-
-
-def purity(clusters, labels):
-    """Share in (0, 1] of the items that carry the commonest label of their cluster; 1 for all singletons."""
-    shares, sizes = commonest_shares(clusters, labels)
-    return float(shares @ sizes / sizes.sum())
-
-
-def best_matching(gain):
-    """Gains (R, C), R <= C -> (R,) a column for each row, none twice, of the largest total gain.
-
-    The Hungarian method by shortest augmenting paths (Kuhn 1955; Jonker & Volgenant 1987): O(R^2 C). Prices keep
-    cost - row_price - column_price >= 0 everywhere and 0 on the matched; each row in turn finds the shortest way
-    in these reduced costs to a free column, and the matches along the way are exchanged.
-    """
-    cost = gain.max() - np.asarray(gain, np.float64)
-    rows, columns = cost.shape
-    if rows > columns:
-        raise ValueError(f"{rows} rows cannot have a column each of {columns}: transpose the gains")
-    row_price, column_price = np.zeros(rows), np.zeros(columns)
-    row_of, column_of = np.full(columns, -1), np.full(rows, -1)
-    for first in range(rows):
-        distance, before = np.full(columns, np.inf), np.full(columns, -1)  # of the shortest way to a column
-        done, row, reached = np.zeros(columns, bool), first, 0.0
-        while True:
-            way = reached + cost[row] - row_price[row] - column_price
-            shorter = ~done & (way < distance)
-            distance[shorter], before[shorter] = way[shorter], row
-            column = int(np.where(done, np.inf, distance).argmin())
-            reached, row = distance[column], row_of[column]
-            if row < 0:
-                break
-            done[column] = True
-        row_price[first] += reached
-        row_price[row_of[done]] += reached - distance[done]
-        column_price[done] -= reached - distance[done]
-        while row != first:  # exchange, from the free column back
-            row = before[column]
-            row_of[column], column_of[row], column = row, column, column_of[row]
-    return column_of
-
-
-def matching_accuracy(clusters, labels):
-    """Accuracy in (0, 1] when every cluster is given at most one label and every label at most one cluster."""
-    a_sizes, b_sizes, row, column, count = contingency(clusters, labels)
-    table = np.zeros((len(a_sizes), len(b_sizes)), np.int64)
-    table[row, column] = count
-    table = table if table.shape[0] <= table.shape[1] else table.T
-    return float(table[np.arange(len(table)), best_matching(table)].sum() / a_sizes.sum())
+# ---- measures: two trees over the same items, by the distances in them
+def random_pairs(n, count, generator):
+    """Items i, j (count,) of n, i != j, uniform and with replacement."""
+    i, step = torch.randint(n, (count,), generator=generator), torch.randint(1, n, (count,), generator=generator)
+    return i.numpy(), ((i + step) % n).numpy()
 
 
 def tree_distance(levels, i, j):
-    """Levels (L, N) of nested clusters, in any order -> (P,) levels up from items i, j (P,) to their common one.
-
-    0 in the same finest cluster, L when even the coarsest differ.
-    """
+    """Nested clusters (L, N) -> (P,) levels up from items i, j (P,) to their common one, L where they have none."""
     return (levels[:, i] != levels[:, j]).sum(0)
 
 
-def average_ranks(x):
-    """(n,) -> (n,) ranks from 1; equal values share the mean of their ranks."""
-    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-
-
 def spearman(x, y):
-    """Rank correlation of x and y (n,) in [-1, 1]: Pearson's of the average ranks; None when one is constant."""
-    x, y = (r - r.mean() for r in map(average_ranks, (x, y)))
+    """Rank correlation of x and y (n,) in [-1, 1]: Pearson's of the ranks; None when one is constant."""
+    def ranks(v):  # around 0; equal values share the mean of their ranks
+        _, inverse, counts = np.unique(v, return_inverse=True, return_counts=True)
+        return (np.cumsum(counts) - counts / 2 - len(v) / 2)[inverse]
+
+    x, y = ranks(x), ranks(y)
     return float(x @ y / math.sqrt((x @ x) * (y @ y))) if x.any() and y.any() else None
 
 
-def path_purity(leaves, label_levels):
-    """Mean over the leaves (n,) of the share of a leaf's items that have its commonest label path (depth, n)."""
-    path = np.unique(label_levels, axis=1, return_inverse=True)[1].ravel()
-    return float(commonest_shares(leaves, path)[0].mean())
+# ---- weights
+def find_backbone(state, source):
+    """What torch.load gave -> (its tensors by name, the prefix of the backbone's names).
+
+    `state` is a state dict, or holds one under "state_dict" or "model". Any prefix will do; of several networks the
+    teacher is taken (DINO), or else the query encoder (MoCo). Raises Stop, naming `source`, when there is none.
+    """
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    tensors = {name: x for name, x in state.items() if torch.is_tensor(x)} if isinstance(state, dict) else {}
+    marks = "layer1.0.conv1.weight", "conv_proj.weight"
+    prefixes = [name.removesuffix(mark) for name in tensors for mark in marks if name.endswith(mark)]
+    if not prefixes:
+        raise Stop(f"{source} holds no weights of a ResNet or ViT (no name ends in {' or '.join(marks)}): give "
+                   "another file")
+    return tensors, min(prefixes, key=lambda prefix: ("teacher" not in prefix, "encoder_k" in prefix))
 
 
-# ---- pictures, labels, weights
+def fit_backbone(network, tensors, prefix, source):
+    """Load what has the prefix and the network's first names, strictly and finite; returns what was left out, by name.
+
+    Raises Stop, naming `source` and what does not fit. Only the counters of batches may be missing, as in old files.
+    """
+    parts = {name.split(".")[0] for name in network.state_dict()}
+    own = {name: name.removeprefix(prefix) for name in tensors
+           if name.startswith(prefix) and name.removeprefix(prefix).split(".")[0] in parts}
+    try:
+        network.load_state_dict({short: tensors[name] for name, short in own.items()})
+    except RuntimeError as error:
+        what = " ".join(str(error).split("\n\t", 1)[-1].split())
+        raise Stop(f"{source} does not fit ({what[:150]}): correct --arch, --stem or --image-size, or give another "
+                   "file") from error
+    if bad := [name for name, x in network.state_dict().items() if not x.isfinite().all()]:
+        raise Stop(f"{source} holds NaN or infinity ({bad[0]} and {len(bad) - 1} more tensors): give another file")
+    return list(dict.fromkeys(".".join(name.split(".")[:2]) for name in tensors if name not in own))
+
+
+def load_backbone(args):
+    """The network in evaluation mode, nothing trainable, with the weights that the arguments name."""
+    path = None if args.untrained else Path(args.backbone or Path(args.run) / "backbone.pt")
+    stem, left_out = args.stem or ("3x3" if args.untrained and args.image_size <= 64 else "7x7"), ""
+    if path and not path.is_file():
+        raise Stop(f"{path} does not exist: " + ("correct --backbone" if args.backbone else
+                   f"let the run finish, or add --backbone {path.with_name('checkpoint.pt')}"))
+    tensors, prefix = find_backbone(plumbing.load_file(path), path) if path else ({}, "")
+    if not args.stem and getattr(tensors.get(prefix + "conv1.weight"), "shape", ())[-1:] == (3,):
+        raise Stop(f"the first layer in {path} is 3x3, but weights do not tell its stride: give --stem 3x3 or 3x3s2, "
+                   "as in training")
+    network, width = common.backbone(args.arch, stem, args.image_size)
+    if path:
+        left_out = "; left out: " + (", ".join(fit_backbone(network, tensors, prefix, path)) or "nothing")
+    say(f"{args.arch}, {width} features, {args.image_size} px, {path or 'untrained'} {prefix}{left_out}")
+    return network.eval().requires_grad_(False)
+
+
+# ---- what is evaluated on what
 def subset(images, rows):
     """The pictures at `rows` (M,) int64 as Images of their own; `images` itself when that is all of them."""
     if len(rows) == len(images):
@@ -330,103 +272,64 @@ def stratified(labels, fraction, seed):
     return torch.cat([rows[:max(1, round(fraction * len(rows)))] for rows in members]).sort().values
 
 
-def splits(args, device):
-    """Images: labelled for training, for test, all for the tree, and those that the cluster protocol takes."""
-    every, test = common.load_data(args.data, args.data_root, device)
-    if every.labels is None:
-        raise Stop(f"{args.data} carries no labels, so there is nothing to compare with: sort the pictures "
-                        "into one sub-folder a class")
-    known = (every.labels[:, 0] >= 0).nonzero()[:, 0]  # STL-10: most pictures carry no label
-    if test is not None and test.class_names == every.class_names:
-        return subset(every, known), test, every, test
-    say("no test pictures of the same classes: every tenth training picture is the test")
-    held_out = torch.arange(len(known)) % 10 == 0
-    return subset(every, known[~held_out]), subset(every, known[held_out]), every, subset(every, known)
+class Task:
+    """Pictures, depths and the frozen network; what does not go together is refused before anything long begins.
 
-
-def find_backbone(state, source):
-    """What torch.load gave -> (tensors under the backbone's prefix, by their names without it; all other names).
-
-    `state` is a state dict, or holds one under "state_dict" or "model". Any prefix will do; where a query and a
-    key encoder are found, the query's is taken. Raises Stop, naming `source`, when there is no ResNet in it.
+    every, train, few, test  Images: all for the tree, those with a label, linear's and finetune's share of these, test
+    depths, finest           of the labels: those compared, those of linear and finetune
+    clusters                 of the tree, finest first
     """
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    names = [name for name in state if isinstance(name, str)] if isinstance(state, dict) else []
-    mark = "layer1.0.conv1.weight"
-    prefixes = [name[:-len(mark)] for name in names if name.endswith(mark)]
-    if not prefixes:
-        raise Stop(f"{source} holds no weights of a ResNet (no name ends in {mark}): give another file")
-    prefix = min(prefixes, key=lambda p: "encoder_k" in p)
-    return ({name.removeprefix(prefix): state[name] for name in names if name.startswith(prefix)},
-            [name for name in names if not name.startswith(prefix)])
 
+    def __init__(self, args, device, network):
+        self.args, self.device, self.network, self.cache = args, device, network, {}
+        self.every, self.test = common.load_data(args.data, args.data_root, device)
+        if self.every.labels is None:
+            raise Stop(f"{args.data} carries no labels, so there is nothing to compare with: sort the pictures into "
+                       "one sub-folder a class")
+        known = (self.every.labels[:, 0] >= 0).nonzero()[:, 0]  # STL-10: most pictures carry no label
+        if self.test is None or self.test.class_names != self.every.class_names:
+            say("no test pictures of the same classes: every tenth training picture is the test")
+            held_out = torch.arange(len(known)) % 10 == 0
+            self.test, known = subset(self.every, known[held_out]), known[~held_out]
+        self.train = subset(self.every, known)
+        self.few = subset(self.train, stratified(labels_of(self.train)[:, -1], args.labels, args.seed))
+        self.classes = [len(names) for names in self.train.class_names]  # a depth
+        chosen = args.depth or range(len(self.classes))
+        if bad := [depth for depth in chosen if depth not in range(len(self.classes))]:
+            raise Stop(f"--depth {bad[0]} is not there: the labels of {args.data} have depths 0 to "
+                       f"{len(self.classes) - 1}")
+        self.depths = [depth for depth in chosen if self.classes[depth] > 1]
+        if not self.depths or args.depth and len(self.depths) < len(chosen):
+            raise Stop(f"{args.data} has one class only, nothing is to be told apart: give another --depth or --data")
+        self.finest = self.depths if args.depth else self.depths[-1:]
+        self.clusters = args.clusters or sorted({self.classes[depth] for depth in self.depths}, reverse=True)
+        self.check_numbers()
+        say(f"{args.data}: {len(self.train)} labelled training pictures, {len(self.few)} for linear and finetune, "
+            f"{len(self.test)} test pictures, labels of {', '.join(map(str, self.classes))} classes")
 
-def fit_backbone(network, state, others, source):
-    """Load the backbone's tensors strictly; returns a sentence about those left out and those missing.
+    def check_numbers(self):
+        args, most = self.args, max(self.classes[depth] for depth in self.depths)
+        if "knn" in args.protocol and args.k > len(self.train):
+            raise Stop(f"--k {args.k} is above the {len(self.train)} labelled training pictures: give a smaller one")
+        if "cluster" in args.protocol and most > len(self.test):
+            raise Stop(f"--protocol cluster makes a cluster a class, but {args.data} has {len(self.test)} test "
+                       f"pictures of {most} classes: leave it out, or give a coarser --depth")
+        falling = self.clusters == sorted({*self.clusters}, reverse=True)
+        if "hierarchy" in args.protocol and (self.clusters[0] > len(self.every) or not falling):
+            raise Stop(f"--clusters {' '.join(map(str, self.clusters))} must fall from level to level, finest first, "
+                       f"and not be above the {len(self.every)} pictures of {args.data}")
 
-    Every tensor of the network must be there, in its shape, finite, and no further one of its stages; only the
-    counters of batches may be missing (old files have none). Raises Stop with the first misfit.
-    """
-    wanted = network.state_dict()
-    stages = {name.split(".")[0] for name in wanted}
-    found = {name: value for name, value in state.items() if name.split(".")[0] in stages}
-    missing = [name for name in wanted if name not in found]
-    wrong = [f"{name} is too many" for name in found if name not in wanted]
-    wrong += [f"{name} is missing" for name in missing if not name.endswith("num_batches_tracked")]
-    for name in set(found) & set(wanted):
-        shape = list(found[name].shape) if torch.is_tensor(found[name]) else None
-        if shape != list(wanted[name].shape):
-            wrong.append(f"{name} has shape {shape}, not {list(wanted[name].shape)}")
-        elif not found[name].isfinite().all():
-            wrong.append(f"{name} is not finite")
-    if wrong:
-        raise Stop(f"{source} does not fit, {len(wrong)} tensors differ ({min(wrong)}): correct --arch (and "
-                        "--stem), or give another file")
-    network.load_state_dict({**wanted, **found}, strict=True)
-    left_out = dict.fromkeys(".".join(name.split(".")[:2]) for name in [*state, *others] if name not in found)
-    return (f"{len(found)} tensors loaded, left out: {', '.join(left_out) or 'none'}, "
-            f"missing: {', '.join(missing) or 'none'}")
-
-
-def load_backbone(args):
-    """The network in evaluation mode, nothing trainable, and its width F."""
-    stem = args.stem or ("3x3" if args.image_size <= 64 else "7x7")
-    path = None if args.untrained else Path(args.backbone or Path(args.run) / "backbone.pt")
-    if path and not path.is_file():
-        raise Stop(f"{path} does not exist: " + ("correct --backbone" if args.backbone else
-                        f"let the run finish, or add --backbone {path.with_name('checkpoint.pt')}"))
-    if path:
-        state, others = find_backbone(plumbing.load_file(path), path)
-        if not args.stem and torch.is_tensor(state.get("conv1.weight")):
-            stem = "3x3" if state["conv1.weight"].shape[-1:] == (3,) else "7x7"
-    network, width = common.backbone(args.arch, stem)
-    say(f"{args.arch}, {stem} stem, {width} features, {args.image_size} px, {path or 'untrained'}")
-    if path:
-        say("  " + fit_backbone(network, state, others, path))
-    return network.eval().requires_grad_(False), width
+    def features(self, images):
+        """(N, F) of the central crops, computed once."""
+        if images not in self.cache:
+            x = self.cache[images] = common.extract_features(self.network, images, self.args.image_size,
+                                                             device=self.device, workers=self.args.workers)
+            if not x.norm().isfinite():
+                raise FloatingPointError("features too large to compare")
+        return self.cache[images]
 
 
 # ---- protocols: a Task in, rows out (flat dicts, a line each in the table at the end)
-class Task(NamedTuple):
-    """What is evaluated on what."""
-
-    args: argparse.Namespace
-    device: torch.device
-    network: nn.Module  # frozen
-    width: int  # F
-    train: common.Images  # labelled
-    few: common.Images  # the share of train that linear and finetune see
-    test: common.Images
-    every: common.Images  # all training pictures, for the tree
-    clustered: common.Images  # test, or every labelled picture where there is no test split
-    levels: list  # label levels compared
-    finest: list  # those of linear and finetune
-    clusters: list  # of the tree
-    features: Callable  # Images -> (N, F) of the central crops, computed once
-
-
 def percent(predicted, truth):
     """Share of equal entries, in percent, two decimals."""
     return round(100 * int((predicted == truth).sum()) / len(predicted), 2)
@@ -438,9 +341,9 @@ def decay(done, schedule):
 
 
 def last_and_best(accuracy):
-    """Accuracies (epochs,) of the test pictures in percent -> the last, the best and its epoch from 1."""
-    best = max(range(len(accuracy)), key=accuracy.__getitem__)
-    return dict(last=accuracy[-1], best=accuracy[best], best_epoch=best + 1)
+    """{epoch: percent of the test pictures} -> the last, the best and its epoch."""
+    best = max(accuracy, key=accuracy.get)
+    return dict(last=accuracy[max(accuracy)], best=accuracy[best], best_epoch=best)
 
 
 def random_crops(task, images, batch_size, epoch):
@@ -457,14 +360,14 @@ def random_crops(task, images, batch_size, epoch):
 
 
 def softmax_regression(batches, steps, x, y, classes, lrs, *, epochs, schedule, weight_decay):
-    """SGD with momentum 0.9 from zero, one model a learning rate, all at once -> R lists of accuracy an epoch.
+    """SGD with momentum 0.9 from zero, one model a learning rate, all at once -> R x {epoch: accuracy}.
 
     batches(epoch) yields `steps` times (features (B, F+1), labels (B,)), the last feature 1 for the bias;
     x (N, F+1), y (N,) the test; lrs (R,) the peaks. The gradient of the mean cross-entropy is written out.
     """
     peak = torch.tensor(lrs, device=x.device)[:, None, None]
     weight = x.new_zeros(len(lrs), x.shape[1], classes)  # (R, F+1, C)
-    velocity, accuracy = torch.zeros_like(weight), []
+    velocity, accuracy = torch.zeros_like(weight), [{} for _ in lrs]
     for epoch in range(epochs):
         for step, (rows, target) in enumerate(batches(epoch)):
             error = (rows @ weight).softmax(dim=2)  # (R, B, C)
@@ -472,8 +375,11 @@ def softmax_regression(batches, steps, x, y, classes, lrs, *, epochs, schedule, 
             gradient = rows.T @ error / len(rows) + weight_decay * weight  # (R, F+1, C)
             velocity = 0.9 * velocity + gradient
             weight -= peak * decay((epoch + step / steps) / epochs, schedule) * velocity
-        accuracy.append([percent((x @ w).argmax(dim=1), y) for w in weight])
-    return [list(column) for column in zip(*accuracy)]
+        if not weight.isfinite().all():
+            raise Stop(f"the linear probe diverged in epoch {epoch + 1}: give a lower --lr or --weight-decay", code=1)
+        for found, w in zip(accuracy, weight):
+            found[epoch + 1] = percent((x @ w).argmax(dim=1), y)
+    return accuracy
 
 
 def linear(task):
@@ -497,57 +403,49 @@ def linear(task):
         for part in order.split(batch_size)[:len(x) // batch_size]:
             yield standard(x[part]), y[part]
 
-    for level in task.finest:
-        y, test_y = (labels_of(split)[:, level].to(x.device) for split in (images, task.test))
-        classes = len(images.class_names[level])
+    for depth in task.finest:
+        y, test_y = (labels_of(split)[:, depth].to(x.device) for split in (images, task.test))
         accuracy = softmax_regression(
-            batches, len(images) // batch_size, standard(task.features(task.test)), test_y, classes, lrs,
+            batches, len(images) // batch_size, standard(task.features(task.test)), test_y, task.classes[depth], lrs,
             epochs=args.epochs, schedule=args.schedule, weight_decay=args.weight_decay)
         rates = [dict(lr=round(lr, 6), **last_and_best(a)) for lr, a in zip(lrs, accuracy)]
-        for r in rates:
-            say(f"linear, {classes} classes, lr {r['lr']}: last {r['last']}, best {r['best']} in epoch "
-                f"{r['best_epoch']}")
-        rows.append(dict(level=level, classes=classes, pictures=len(images),
+        rows.append(dict(depth=depth, classes=task.classes[depth], pictures=len(images),
                          **max(rates, key=lambda rate: rate["last"]), rates=rates))
     return {"linear": rows}
 
 
 def vote_accuracy(votes, truth):
-    """Votes (B, C), labels (B,) -> percent with the label first, and among the first 5 (None when C <= 5).
-
-    A label without a vote is wrong, wherever it stands.
-    """
+    """Votes (B, C), labels (B,) -> percent with the label first, and among the first 5 (None when C <= 5)."""
     ranked = votes.topk(min(5, votes.shape[1]), dim=1).indices  # (B, 5)
-    hit = (ranked == truth[:, None]) & (votes.gather(1, ranked) > 0)
+    hit = (ranked == truth[:, None]) & (votes.gather(1, ranked) > 0)  # a label without a vote is wrong
     return percent(hit[:, 0], True), percent(hit.any(dim=1), True) if votes.shape[1] > 5 else None
 
 
 def knn(task):
-    """kNN: the rule of common.knn_classify, the neighbours looked up once for all label levels."""
+    """kNN: the rule of common.knn_classify, the neighbours looked up once for all depths."""
     args, rows = task.args, []
     sim, neighbours = common.largest_products(F.normalize(task.features(task.train), dim=1),
                                               F.normalize(task.features(task.test), dim=1), args.k)
-    sim, neighbours = sim.cpu().double(), neighbours.cpu()  # float64: no overflow at low temperatures
+    sim, neighbours = sim.cpu().double(), neighbours.cpu()
     y, test_y = labels_of(task.train), labels_of(task.test)
-    for level in task.levels:
-        classes = len(task.train.class_names[level])
-        top1, top5 = vote_accuracy(common.knn_votes(sim, y[neighbours, level], classes, args.temperature),
-                                   test_y[:, level])
-        rows.append(dict(level=level, classes=classes, pictures=len(y), k=args.k, top1=top1, top5=top5))
+    for depth in task.depths:
+        votes = common.knn_votes(sim, y[neighbours, depth], task.classes[depth], args.temperature)
+        top1, top5 = vote_accuracy(votes, test_y[:, depth])
+        rows.append(dict(depth=depth, classes=task.classes[depth], pictures=len(y), k=args.k, top1=top1, top5=top5))
     return {"knn": rows}
 
 
 def finetune(task):
     """The whole network, a copy of it, and a new linear layer on the labelled part of the training pictures."""
     args, device, images, rows = task.args, task.device, task.few, []
+    width = task.features(task.test).shape[1]  # they are finite: only fine-tuning can spoil them
     batch_size = min(args.batch_size, max(16, len(images) // 16), len(images))
     steps, peaks = len(images) // batch_size, [lr * batch_size / 256 for lr in (args.lr_trunk, args.lr_head)]
-    for level in task.finest:
-        y, test_y = (labels_of(split)[:, level].to(device) for split in (images, task.test))
-        classes = len(images.class_names[level])
+    for depth in task.finest:
+        y, test_y = (labels_of(split)[:, depth].to(device) for split in (images, task.test))
         torch.manual_seed(args.seed)
-        trunk, head = copy.deepcopy(task.network).requires_grad_(True), nn.Linear(task.width, classes).to(device)
-        model, accuracy, tested = nn.Sequential(trunk, head).train(), [], []
+        trunk, head = copy.deepcopy(task.network).requires_grad_(True), nn.Linear(width, task.classes[depth]).to(device)
+        model, accuracy = nn.Sequential(trunk, head).train(), {}
         optimizer = torch.optim.SGD([dict(params=part.parameters(), lr=lr) for part, lr in zip(model, peaks)],
                                     momentum=0.9, weight_decay=args.weight_decay)
         for epoch in range(args.finetune_epochs):
@@ -558,166 +456,104 @@ def finetune(task):
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
-            if not loss.isfinite():
-                raise Stop(f"the loss of fine-tuning is {loss.item()} in epoch {epoch + 1}: try a lower --lr-trunk or "
-                           "--lr-head", code=1)
+            if not all(p.isfinite().all() for p in model.parameters()):
+                raise Stop(f"fine-tuning diverged in epoch {epoch + 1}: try a lower --lr-trunk or --lr-head", code=1)
             if epoch + 1 == args.finetune_epochs or (epoch + 1) % math.ceil(args.finetune_epochs / 20) == 0:
                 logits = common.extract_features(model, task.test, args.image_size, device=device,
                                                  workers=args.workers)
-                accuracy.append(percent(logits.argmax(dim=1), test_y))
-                tested.append(epoch + 1)
-        found = last_and_best(accuracy)
-        rows.append(dict(level=level, classes=classes, pictures=len(images),
-                         **{**found, "best_epoch": tested[found["best_epoch"] - 1]}))
+                accuracy[epoch + 1] = percent(logits.argmax(dim=1), test_y)
+        rows.append(dict(depth=depth, classes=task.classes[depth], pictures=len(images), **last_and_best(accuracy)))
     return {"finetune": rows}
 
 
-def agreement(clusters, labels):
-    """The four measures of two labelings (n,), by name."""
-    return {measure.__name__: round(measure(clusters, labels), 4) for measure in (nmi, ami, ari, purity)}
-
-
 def cluster(task):
-    """k-means of the unit features, as many clusters as classes; accuracy: under the best one-to-one matching."""
-    x, y, rows = F.normalize(task.features(task.clustered), dim=1), labels_of(task.clustered).numpy(), []
-    for level in task.levels:
-        classes = len(task.clustered.class_names[level])
-        assign = common.kmeans(x, classes, seed=task.args.seed)[1].cpu().numpy()
-        rows.append(dict(level=level, classes=classes, pictures=len(x), **agreement(assign, y[:, level]),
-                         accuracy=round(100 * matching_accuracy(assign, y[:, level]), 2)))
+    """k-means of the unit features, as many clusters as classes."""
+    x, y, rows = F.normalize(task.features(task.test), dim=1), labels_of(task.test).numpy(), []
+    for depth in task.depths:
+        assign = common.kmeans(x, task.classes[depth], seed=task.args.seed)[1].cpu().numpy()
+        rows.append(dict(depth=depth, classes=task.classes[depth], pictures=len(x), **agreement(assign, y[:, depth])))
     return {"cluster": rows}
 
 
-def random_pairs(n, count, generator):
-    """Items i, j (count,) of n, i != j, uniform and with replacement."""
-    i, step = torch.randint(n, (count,), generator=generator), torch.randint(1, n, (count,), generator=generator)
-    return i.numpy(), ((i + step) % n).numpy()
-
-
-def tree_of_run(path, names):
-    """clusters.csv of a run -> (L, N) clusters of the pictures of these names."""
+def tree_of_run(path, pictures):
+    """clusters.csv of a run on the same pictures -> (L, N) clusters; the names may hold any bytes."""
     try:
-        with open(path, newline="") as f:
+        with open(path, newline="", encoding="latin-1") as f:
             _, *rows = csv.reader(f)
-        if [row[0] for row in rows] != names:
-            raise ValueError("other pictures")
-        return np.array([row[1:] for row in rows], dtype=np.int64).T
-    except (ValueError, IndexError) as error:
+        return np.array([row[1:] for row in rows], dtype=np.int64).reshape(pictures, -1).T
+    except ValueError as error:
         raise Stop(f"{path} does not hold the tree of the run ({error}): restore it, or delete it") from error
 
 
 def hierarchy(task):
-    """Each level of a learnt tree against each label level; a leaf's label path; distances in both trees."""
-    args, folder = task.args, Path(task.args.out).parent / "eval_tree"
-    own = args.run and not args.backbone and not args.untrained  # the backbone that the run left
+    """Each level of a learnt tree against each depth of the labels; the distances of pictures in both trees."""
+    args, own = task.args, task.args.run and not task.args.backbone and not task.args.untrained
     x, labels = F.normalize(task.features(task.every), dim=1), labels_of(task.every).numpy().T  # (depth, N)
     known, labels = labels[0] >= 0, labels[:, labels[0] >= 0]
     tree = common.hierarchical_kmeans(x, task.clusters, temperature=1.0, seed=args.seed)
     trees = {"features": torch.stack(tree.assign).cpu().numpy()}  # (L, N)
-    if own:
+    if own:  # the backbone that the run left
+        folder, left = Path(args.out).parent / "eval_tree", Path(args.run) / "clusters.csv"
         folder.mkdir(exist_ok=True)
         plumbing.write_tree(folder, task.every, x, tree)
         say(f"the tree of the features: {folder}/tree.png")
-    left = Path(args.run or "") / "clusters.csv"
-    if own and left.is_file() and args.fingerprint == task.every.fingerprint():
-        trees["clusters.csv"] = tree_of_run(left, task.every.names)
+        if args.fingerprint != task.every.fingerprint():
+            say("these are not the training pictures of the run; its clusters.csv is left out")
+        elif left.is_file():
+            trees["clusters.csv"] = tree_of_run(left, len(x))
     i, j = random_pairs(labels.shape[1], args.pairs, common.random_state(args.seed, "pairs"))
     rows, whole = [], []
     for name, levels in trees.items():
         levels = levels[:, known]
-        rows += [dict(tree=name, cluster_level=depth, clusters=len(np.unique(assign)), level=level,
-                      classes=len(task.every.class_names[level]), **agreement(assign, labels[level]))
-                 for depth, assign in enumerate(levels) for level in task.levels]
-        correlation = spearman(tree_distance(levels, i, j), tree_distance(labels, i, j))
-        whole.append(dict(tree=name, path_purity=round(path_purity(levels[0], labels), 4),
-                          rank_correlation=correlation and round(correlation, 4)))
+        rows += [dict(tree=name, level=level, clusters=len(np.unique(assign)), depth=depth,
+                      classes=task.classes[depth], **agreement(assign, labels[depth]))
+                 for level, assign in enumerate(levels) for depth in task.depths]
+        distances = (tree_distance(nested, i, j) for nested in (levels, labels))
+        whole.append(dict(tree=name, rank_correlation=spearman(*distances)))
     return {"hierarchy": rows, "tree": whole}
 
 
 PROTOCOLS = dict(linear=linear, knn=knn, finetune=finetune, cluster=cluster, hierarchy=hierarchy)
 
 
-# ---- main
+# ---- results
 def table(title, rows):
     """Print rows (flat dicts of the same keys) under their names; what is a list is left out."""
     names = [name for name, value in rows[0].items() if not isinstance(value, list)]
-    cells = [names] + [["-" if row[name] is None else str(row[name]) for name in names] for row in rows]
+    cells = [names, *([f"{v:.5g}" if isinstance(v, float) else "-" if v is None else str(v)
+                       for v in map(row.get, names)] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     say(f"\n{title}\n" + "\n".join("  " + "  ".join(map(str.rjust, line, widths)) for line in cells))
 
 
-def check(args, train, every):
-    """What the arguments ask of the data -> label levels compared, those of linear, clusters of the tree."""
-    names, chosen = train.class_names, args.level or range(len(train.class_names))
-    if bad := [level for level in chosen if level not in range(len(names))]:
-        raise Stop(f"--level {bad[0]} is not there: {args.data} has label levels 0 to {len(names) - 1}")
-    levels = [level for level in chosen if len(names[level]) > 1]
-    if not levels or (args.level and len(levels) < len(chosen)):
-        raise Stop(f"{args.data} has one class only: give another --level or --data, nothing is to be "
-                        "told apart here")
-    if "knn" in args.protocol and args.k > len(train):
-        raise Stop(f"--k {args.k} is above the {len(train)} labelled training pictures: give a smaller one")
-    clusters = args.clusters or sorted({len(names[level]) for level in levels}, reverse=True)
-    if "hierarchy" in args.protocol and (clusters[0] > len(every) or clusters != sorted(set(clusters))[::-1]):
-        raise Stop(f"--clusters {' '.join(map(str, clusters))} must fall from level to level, finest first, and "
-                        f"not be above the {len(every)} pictures of {args.data}")
-    return levels, levels if args.level else levels[-1:], clusters
-
-
 def earlier_results(path):
-    """The evaluations that --out holds already: they are kept."""
+    """The evaluations that --out holds already, the last one last; Stop if it is no such file, or can be none."""
     if not path.parent.is_dir() or path.is_dir() or not os.access(path.parent, os.W_OK):
         raise Stop(f"--out {path} cannot be written: give a file in a folder that is there")
-    if not path.exists():
-        return []
     try:
-        before = json.loads(path.read_text())
-        return [*before.pop("earlier"), before]
+        last = json.loads(path.read_text())
+        return [*last.pop("earlier"), last]
+    except FileNotFoundError:
+        return []
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Stop(f"{path} is no result of this script, it is not overwritten: choose another --out") from error
 
 
-def main(args):
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise Stop("one process evaluates: start it with python, not with torchrun")
-    device = plumbing.set_up(args)
-    out = Path(args.out)
-    earlier = earlier_results(out)
-    network, width = load_backbone(args)
-    network.to(device, memory_format=torch.channels_last)
-    train, test, every, clustered = splits(args, device)
-    if args.fingerprint not in (None, every.fingerprint()):
-        say("these are not the training pictures of the run; its clusters.csv is left out")
-    levels, finest, clusters = check(args, train, every)
-    few = subset(train, stratified(labels_of(train)[:, -1], args.labels, args.seed))
-    say(f"{args.data}: {len(train)} labelled training pictures, {len(few)} of them for linear and finetune, "
-        f"{len(test)} test pictures, label levels of {', '.join(str(len(n)) for n in train.class_names)} classes")
-
-    @functools.cache
-    def features(images):
-        x = common.extract_features(network, images, args.image_size, device=device, workers=args.workers)
-        if not x.isfinite().all():
-            raise Stop("the backbone's features are not finite: these weights do not suit this network")
-        return x
-
-    frozen = copy.deepcopy(network.state_dict())
-    task = Task(args, device, network, width, train, few, test, every, clustered, levels, finest, clusters,
-                features)
-    results, seconds = {}, {}
-    for protocol in dict.fromkeys(args.protocol):
-        begun = time.perf_counter()
-        results.update(PROTOCOLS[protocol](task))
-        seconds[protocol] = round(time.perf_counter() - begun, 1)
-        say(f"{protocol}: {seconds[protocol]} s")
-        assert_unchanged(network, frozen)
-    for title, rows in results.items():
-        table(title, rows)
-    say(f"\n{NOTE}")
-    plumbing.write_json(out, dict(
-        **plumbing.circumstances(), arguments=vars(args), note=NOTE,
-        pictures=dict(train=len(train), labelled=len(few), test=len(test)),
-        results=results, seconds=seconds, earlier=earlier))
-    say(f"results  {out}")
+def add_result(path, result):
+    """Write it, with the earlier ones in the same file; processes take turns, so that none is lost."""
+    turn, given_up = path.with_name(path.name + ".turn"), time.monotonic() + 10  # a turn takes a millisecond
+    while time.monotonic() < given_up:
+        try:
+            turn.touch(exist_ok=False)
+            break
+        except FileExistsError:
+            time.sleep(0.01)
+    try:
+        plumbing.write_json(path, dict(result, earlier=earlier_results(path)))
+    except Stop as stop:
+        raise Stop(f"{stop.__cause__ or stop}: the results are printed above alone", code=1) from stop
+    finally:
+        turn.unlink(missing_ok=True)
 
 
 def assert_unchanged(network, frozen):
@@ -726,6 +562,40 @@ def assert_unchanged(network, frozen):
         now.contiguous().flatten().view(torch.uint8), frozen[name].contiguous().flatten().view(torch.uint8))]
     if changed or any(module.training for module in network.modules()):
         raise AssertionError(f"the backbone must not change while it is evaluated: {changed or 'training mode'}")
+
+
+# ---- main
+def evaluate(args):
+    device, out = plumbing.set_up(args), Path(args.out)
+    earlier_results(out)  # refuses what cannot be written
+    network = load_backbone(args).to(device, memory_format=torch.channels_last)
+    frozen, task, results, seconds = copy.deepcopy(network.state_dict()), Task(args, device, network), {}, {}
+    for protocol in dict.fromkeys(args.protocol):
+        begun = time.perf_counter()
+        results.update(PROTOCOLS[protocol](task))
+        seconds[protocol] = round(time.perf_counter() - begun, 1)
+        say(f"{protocol}: {seconds[protocol]} s")
+        assert_unchanged(network, frozen)
+    for title, rows in results.items():
+        table(title, rows)
+    pictures = dict(train=len(task.train), labelled=len(task.few), test=len(task.test))
+    add_result(out, dict(**plumbing.circumstances(), arguments=vars(args), note=NOTE, pictures=pictures,
+                         results=results, seconds=seconds))
+    say(f"\n{NOTE}\nresults  {out}")
+
+
+def main(args):
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise Stop("one process evaluates: start it with python, not with torchrun")
+    try:
+        evaluate(args)
+    except FloatingPointError as error:
+        raise Stop(f"the features of {args.backbone or args.run} are not finite, or too large: it diverged, or the "
+                   "weights are of another network; give another one") from error
+    except torch.cuda.OutOfMemoryError as error:
+        raise Stop("out of GPU memory: give a smaller --batch-size or --image-size, or --device cpu", code=1) from error
+    except KeyboardInterrupt as error:
+        raise Stop("stopped before the results were written: start again", code=130) from error
 
 
 # ---- entry

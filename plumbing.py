@@ -50,6 +50,9 @@ def launch(main, parse_args):
     except torch.cuda.OutOfMemoryError:
         code, sentence = 1, (f"out of GPU memory at {peak_memory():.1f} GiB: halve --batch-size (the learning rate "
                              "follows by itself)")
+    except FloatingPointError:  # the losses were finite, but the last step was not
+        code, sentence = 1, ("features = nan after the last step: stopped, the last checkpoint is good; try a lower "
+                             "--base-lr or leave out --amp, in another --out")
     except RuntimeError as error:
         lost = any(word in str(error).lower() for word in ("connection", "peer", "timed out", "gloo"))
         if processes() == 1 or not lost:
