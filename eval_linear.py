@@ -56,7 +56,7 @@ IMAGE_SIZES = {"textures": 32, "cifar": 32, "photos": 96, "imagenet": 224}  # by
 def parse_args(argv=None):
     p = plumbing.Parser(description=__doc__, allow_abbrev=False, formatter_class=plumbing.HelpFormatter)
     add, positive = p.add_argument, plumbing.positive
-    rate, rate_or_0 = positive(float, most=1e6), positive(float, zero=True, most=1e6)
+    rate, rate_or_0 = positive(float, most=10**6), positive(float, zero=True, most=10**6)
     add("--run", help="run folder: backbone.pt and, from config.json, data, arch, stem, image size, clusters")
     add("--backbone", metavar="FILE", help="weights: backbone.pt, checkpoint.pt, torchvision's, a state dict")
     add("--untrained", action="store_true", help="no weights: a freshly initialised backbone")
@@ -248,13 +248,10 @@ def subset(images, rows):
     """The pictures at `rows` (M,) int64 as Images of their own; `images` itself when that is all of them."""
     if len(rows) == len(images):
         return images
-    part = common.Images([images.names[i] for i in rows.tolist()], images.labels[images.index_of[rows]],
-                         images.class_names)
-    if images.pixels is not None:
-        part.pixels = images.pixels[rows.to(images.pixels.device)]
-    else:
-        part.paths = [images.paths[i] for i in rows.tolist()]
-    return part
+    return common.Images([images.names[i] for i in rows.tolist()], images.labels[images.index_of[rows]],
+                         images.class_names,
+                         pixels=None if images.pixels is None else images.pixels[rows.to(images.pixels.device)],
+                         paths=images.paths and [images.paths[i] for i in rows.tolist()])
 
 
 def labels_of(images):
