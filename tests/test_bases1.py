@@ -7,6 +7,7 @@ run in double precision (tests/golden/*.npz), and the code under test is always 
     pytest tests/test_bases1.py
 """
 
+import copy
 import inspect
 import math
 import re
@@ -17,15 +18,19 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torchvision
+from test_methods import STEPS, path_term, run, saved
 from torch.testing import assert_close
 
 import common
 import hirl_mocov3
 import hirl_simsiam
+import test_methods
 
 HERE = Path(__file__).resolve().parent
 EXACT = dict(rtol=1e-9, atol=1e-9)  # float64 against golden numbers and loops
 RELEASED_SINGLE = dict(rtol=3e-6, atol=0)  # values that the release accumulates in float32
+pictures = test_methods.pictures  # the fixture: a folder of pictures
 V, B, D = 3, 5, 7  # views, batch, embedding: all different, so that no transpose goes unnoticed
 
 
@@ -498,3 +503,133 @@ def test_mlp_is_as_described():
     last = hirl_mocov3.mlp(3, 6, last_norm=True)
     assert not last[-1].affine and last[0].bias is None and last(torch.randn(4, 3)).shape == (4, 6)
     assert [type(layer).__name__ for layer in hirl_mocov3.mlp(3, 6, last_norm=False)] == ["Linear"]
+
+
+# ---- whole loops, in the plainest words: the first two epochs of a run once more, one network call a line
+
+
+def path_of_two_epochs(train, clustered, epoch):
+    """The tree of the second epoch, from features in evaluation mode; None in the first, the warm-up."""
+    if epoch == 0:
+        return None
+    x = F.normalize(common.extract_features(clustered, train, 16), dim=1)
+    return common.hierarchical_kmeans(x, [12, 4, 2], temperature=0.2, seed=1)
+
+
+def test_the_loop_of_hirl_simsiam_reads_as_described(tmp_path, pictures):
+    """Each view its own pass, heads on z of view 0, a predictor whose learning rate stays, blocks that start at zero."""
+    widths = "--dim 20 --projector-layers 3 --projector-width 24 --predictor-width 10 --predictor-lr 3".split()
+    args, rows = run(hirl_simsiam, tmp_path / "run", pictures, *widths, "--zero-init", epochs=2)
+    train, _ = common.load_data(args.data)
+    torch.manual_seed(0)
+    backbone, width = common.backbone("tiny", args.stem)
+    encoder = hirl_simsiam.Encoder(backbone, hirl_simsiam.mlp(width, 24, 24, 20, last_norm=True))
+    predictor = hirl_simsiam.SimSiam(encoder, 20, 10).predictor
+    for stage in (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4):
+        stage[0].bn2.weight.data.zero_()
+    heads = nn.ModuleList(hirl_simsiam.level_head(20) for _ in range(3))
+    encoder.to(memory_format=torch.channels_last)
+    trained = [(p, 1) for p in (*encoder.parameters(), *heads.parameters())] + [(p, 3) for p in predictor.parameters()]
+    speed = [torch.zeros_like(p) for p, _ in trained]
+    augmentation = hirl_simsiam.AUGMENTATIONS["cifar"]._replace(size=16)
+    for epoch in (0, 1):
+        sums, tree = {}, path_of_two_epochs(train, encoder, epoch)
+        for step, index, (a, b) in common.batches(train, 16, [augmentation] * 2, seed=0, epoch=epoch):
+            peak = 0.02 * 16 / 256
+            lr = peak * 0.5 * (1 + math.cos(math.pi * (6 * epoch + step) / 12))
+            z1, z2 = encoder(a), encoder(b)
+            cosines = F.cosine_similarity(predictor(z1), z2.detach()), F.cosine_similarity(predictor(z2), z1.detach())
+            terms = {"simsiam": -sum(cosine.mean() for cosine in cosines) / 2}
+            if tree:
+                terms["path"] = path_term((0, epoch, step), index, [head(z1) for head in heads], tree)
+            found = torch.autograd.grad(sum(terms.values()), [p for p, _ in trained], allow_unused=True)
+            for (p, factor), v, g in zip(trained, speed, found):
+                if g is not None:  # SGD with momentum and weight decay
+                    v.mul_(0.9).add_(g + args.weight_decay * p.data)
+                    p.data -= v * (lr if factor == 1 else 3 * peak)
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + value.item() / STEPS
+        for name, value in sums.items():
+            assert_close(rows[epoch + 1][name], value, rtol=1e-4, atol=1e-6)
+    for name, weight in saved(tmp_path / "run", "backbone.pt").items():
+        assert_close(weight, backbone.state_dict()[name], rtol=1e-3, atol=1e-5)
+
+
+def test_the_loop_of_hirl_mocov3_reads_as_described(tmp_path, pictures):
+    """Both views as query and key, the key encoder moved in between, two schedules, AdamW, heads of three layers."""
+    widths = ("--dim 20 --projector-layers 3 --head-width 24 --head-layers 3 --optimizer adamw --weight-decay 0.1 "
+              "--lr-warmup 0.25 --ema-momentum 0.8 --temperature 0.3").split()
+    args, rows = run(hirl_mocov3, tmp_path / "run", pictures, *widths, epochs=2)
+    train, _ = common.load_data(args.data)
+    torch.manual_seed(0)
+    backbone, width = common.backbone("tiny", args.stem)
+    encoder_q = hirl_mocov3.Encoder(backbone, hirl_mocov3.mlp(width, 24, 24, 20, last_norm=True))
+    predictor = hirl_mocov3.mlp(20, 24, 20, last_norm=True)
+    heads = nn.ModuleList(hirl_mocov3.level_head(20, 3) for _ in range(3))
+    encoder_q.to(memory_format=torch.channels_last)
+    encoder_k = copy.deepcopy(encoder_q).requires_grad_(False)
+    optimizer = torch.optim.AdamW([*encoder_q.parameters(), *predictor.parameters(), *heads.parameters()],
+                                  weight_decay=0.1)
+    first = hirl_mocov3.AUGMENTATIONS["cifar"]._replace(size=16)
+    for epoch in (0, 1):
+        sums, tree = {}, path_of_two_epochs(train, encoder_k, epoch)
+        for step, index, (a, b) in common.batches(train, 16, [first, first._replace(solarize_p=0.2)], seed=0,
+                                                  epoch=epoch):
+            past = 6 * epoch + step  # of 12 steps, the first 3 warm up
+            rate = past / 3 if past < 3 else 0.5 * (1 + math.cos(math.pi * (past - 3) / 9))
+            optimizer.param_groups[0]["lr"] = 0.02 * 16 / 256 * rate
+            m = 1 - 0.2 * 0.5 * (1 + math.cos(math.pi * past / 12))
+            raw1, raw2 = encoder_q(a), encoder_q(b)
+            q1, q2 = F.normalize(predictor(raw1), dim=1), F.normalize(predictor(raw2), dim=1)
+            for p_k, p_q in zip(encoder_k.parameters(), encoder_q.parameters()):
+                p_k.data = m * p_k.data + (1 - m) * p_q.data
+            k1, k2 = F.normalize(encoder_k(a), dim=1), F.normalize(encoder_k(b), dim=1)
+            own = torch.arange(16)
+            terms = {"mocov3": 0.6 * (F.cross_entropy(q1 @ k2.T / 0.3, own) + F.cross_entropy(q2 @ k1.T / 0.3, own))}
+            if tree:
+                terms["path"] = path_term((0, epoch, step), index, [head(raw1) for head in heads], tree)
+            optimizer.zero_grad()
+            sum(terms.values()).backward()
+            optimizer.step()
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + value.item() / STEPS
+        for name, value in sums.items():
+            assert_close(rows[epoch + 1][name], value, rtol=1e-4, atol=0)
+    for name, weight in saved(tmp_path / "run", "backbone.pt").items():
+        difference = (weight - backbone.state_dict()[name]).double().abs().mean()
+        assert difference < 1e-5, name  # the mean: where a gradient is 0, AdamW turns its rounding into a step
+
+
+def test_mocov3_on_a_vit(tmp_path, pictures):
+    """Positions and patch projection stay as they start, but with --no-freeze-patches; torchvision's class loads all."""
+    vit = "--arch vit-4-32-2 --optimizer adamw --projector-layers 3 --head-width 24 --dim 20".split()
+    for switches in ([], ["--no-freeze-patches"]):
+        folder = tmp_path / f"run{len(switches)}"
+        run(hirl_mocov3, folder, pictures, *vit, *switches, epochs=1)
+        torch.manual_seed(0)
+        start, _ = common.backbone("vit-4-32-2", "3x3", 16)
+        hirl_mocov3.prepare_vit(start, 16, True)
+        weights = saved(folder, "backbone.pt")
+        assert torch.equal(weights["encoder.pos_embedding"], common.sincos_positions(4, 4, 32))
+        assert torch.equal(weights["conv_proj.weight"], start.conv_proj.weight) != bool(switches)
+        assert not torch.equal(weights["class_token"], start.class_token)
+        network = torchvision.models.VisionTransformer(16, 4, 2, 1, 32, 128)
+        missing, unexpected = network.load_state_dict(weights, strict=False)
+        assert sorted(missing) == ["heads.head.bias", "heads.head.weight"] and not unexpected
+
+
+def test_mocov3_vit_starts_as_described():
+    torch.manual_seed(0)
+    vit, _ = common.backbone("vit-4-32-2", "3x3", 16)
+    hirl_mocov3.prepare_vit(vit, 16, True)
+    block = vit.encoder.layers[0]
+    limits = {block.self_attention.in_proj_weight: (32, 32), block.self_attention.out_proj.weight: (32, 32),
+              block.mlp[0].weight: (32, 128), block.mlp[3].weight: (128, 32), vit.conv_proj.weight: (3 * 4 * 4, 32)}
+    for weight, (fan_in, fan_out) in limits.items():  # uniform up to the limit
+        limit = math.sqrt(6 / (fan_in + fan_out))
+        assert 0.97 * limit < weight.abs().max() <= limit
+        assert_close(weight.std().item(), limit / math.sqrt(3), rtol=0.05, atol=0)
+    for name, p in vit.named_parameters():
+        assert not name.endswith("bias") or not p.any()
+        assert p.requires_grad == (name not in ("encoder.pos_embedding", "conv_proj.weight", "conv_proj.bias"))
+    assert 0 < vit.class_token.abs().max() < 1e-5

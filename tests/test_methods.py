@@ -325,6 +325,8 @@ OWN = {  # small numbers for the arguments that a script has for itself
     "csml": "--queue-size 32 --neighbours 4 --refresh-every 2",
     "hirl_swav": "--queue-size 32 --queue-epoch 0 --negative-paths 20 --prototypes 24 --freeze-prototypes 3 "
                  "--local-crops 2 --local-size 8 --lr-warmup 0.2 --epsilon 0.05",
+    "hirl_simsiam": "--negative-paths 20",
+    "hirl_mocov3": "--negative-paths 20",
 }
 TIMINGS = ("images_per_s", "data_wait", "peak_memory_gib")  # what may differ between equal runs
 
