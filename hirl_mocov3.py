@@ -265,12 +265,7 @@ def main(args):
     hierarchy = hierarchy and common.Hierarchy(*hierarchy)
 
     # ---- [shared] features and tree
-    def features(network, images):  # (n, F) of this process's pictures, in evaluation mode
-        return common.extract_features(network, images, args.image_size, device=device, workers=args.workers,
-                                       amp=args.amp)
-
-    def knn():  # percent a label depth
-        return common.knn_accuracy(train, test, lambda images: features(exported.backbone, images))
+    features, knn = plumbing.evaluation(args, device, train, test, exported.backbone)
 
     def grow_tree(x, seed):  # features (n, D) of this process's pictures -> the Hierarchy of all N
         return common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=seed)
