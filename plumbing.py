@@ -5,6 +5,7 @@ a run that was stopped and resumed equals the one that was not; G processes equa
 """
 
 import argparse
+import contextlib
 import csv
 import ctypes
 import io
@@ -13,11 +14,11 @@ import json
 import math
 import os
 import platform
-import resource
 import signal
 import sys
 import time
 import warnings
+import zipfile
 from datetime import timedelta
 from pathlib import Path
 
@@ -32,54 +33,86 @@ from tqdm import tqdm
 import common
 from common import PICTURES, Stop, all_gather_rows, all_reduce_sum, differentiable_sum, local_rows, processes, rank
 
+TIMEOUT = timedelta(minutes=30)  # a process that is silent for longer is lost
+
 # ---- start and end
 
 
 def launch(main, parse_args):
     """Run main(parse_args()) and end with the exit code and the sentence each failure deserves."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # any name can be printed in any locale
     try:
         main(parse_args())
         if processes() > 1:  # leave together: a process that ends while another still talks to it may abort
             all_reduce_sum(torch.zeros(1))
             dist.destroy_process_group()
         return
-    except Stop as stop:
-        code, sentence = stop.code, stop
-    except KeyboardInterrupt:
-        code, sentence = 130, "stopped before the first step: nothing was written"
-    except torch.cuda.OutOfMemoryError:
-        code, sentence = 1, (f"out of GPU memory at {peak_memory():.1f} GiB: halve --batch-size (the learning rate "
-                             "follows by itself)")
-    except FloatingPointError:  # the losses were finite, but the last step was not
-        code, sentence = 1, ("features = nan after the last step: stopped, the last checkpoint is good; try a lower "
-                             "--base-lr or leave out --amp, in another --out")
-    except RuntimeError as error:
-        lost = any(word in str(error).lower() for word in ("connection", "peer", "timed out", "gloo"))
-        if processes() == 1 or not lost:
+    except (Exception, KeyboardInterrupt) as error:
+        known = explanation(error)
+        if known is None:
             raise
-        code, sentence = 1, (f"stopped because of another process ({str(error).splitlines()[0]}): read what that "
-                             "one said, and continue with --resume")
-    if code < 128 or rank() == 0:
-        print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr, flush=True)
+    code, sentence = known
+    if sentence and (code < 128 or rank() == 0):
+        with contextlib.suppress(OSError):
+            print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr, flush=True)
+    if code == 141:  # nobody reads what is printed: nothing more is
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os._exit(code) if processes() > 1 else sys.exit(code)  # subtle: never wait for peers that are gone
+
+
+def explanation(error):
+    """(exit code, sentence) of an exception that a user can cause, None of one that is a fault of the program."""
+    first, *_, last = [*str(error).splitlines(), ""] * 2
+    words = str(error).lower()
+
+    def tells(*of):
+        return isinstance(error, RuntimeError) and any(word in words for word in of)
+
+    if isinstance(error, Stop):
+        return error.code, str(error).split("Stop: ")[-1]  # without the traceback of a worker
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted: what was saved before is intact"
+    if isinstance(error, BrokenPipeError):
+        return 141, ""  # as a tool that SIGPIPE ends
+    if isinstance(error, OSError):
+        return 2, f"{error.filename or 'the system'}: {error.strerror or first}: correct the path or its permissions"
+    if isinstance(error, FloatingPointError):  # the losses were finite, but the last step was not
+        return 1, f"features = nan after the last step: {LOWER}"
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return 1, f"out of GPU memory at {peak_memory():.1f} GiB: give a smaller --batch-size"
+    if processes() > 1 and tells("connection", "peer", "timed out", "gloo", "nccl", "watchdog", "abort"):
+        return 1, (f"stopped because of another process ({first}): read what that one said, and continue with "
+                   "--resume")
+    if tells("dataloader worker", "shared memory"):
+        return 1, f"a worker that reads pictures was lost ({first}): give fewer --workers, or 0"
+    if isinstance(error, MemoryError) or tells("allocate memory", "not enough memory", "overflow"):
+        return 2, f"a size is too large for this machine ({first}): give smaller numbers"
 
 
 def set_up(args):
     """Device, processes, seed: everything before the data. Returns the torch.device."""
     keep_freed_memory()
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
     name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     try:
         device = torch.device(name)
-        if device.type == "cuda" and several:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if several else device.index or 0)
             torch.cuda.set_device(device)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise Stop(f"--device {name} is not there ({str(error).splitlines()[0]}): use --device cpu") from error
+    if abs(args.seed) >= 2**62:
+        raise Stop(f"--seed {args.seed} is out of range: give one below 2^62")
     if several and not dist.is_initialized():  # tensors on the CPU travel by gloo
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        except (ValueError, RuntimeError) as error:
+            raise Stop(f"WORLD_SIZE is set, but the processes do not meet ({str(error).splitlines()[0]}): start them "
+                       "with torchrun, or unset WORLD_SIZE") from error
     torch.manual_seed(args.seed)
     return device
 
@@ -103,6 +136,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise Stop(f"{message}: see --help")
 
+    def print_help(self, file=None):
+        print(self.format_help(), end="", flush=True, file=file)
+
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Keep the docstring's lines and show every default there is."""
@@ -111,13 +147,15 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def positive(kind, zero=False, most=math.inf):
-    """An argparse type: int or float above 0 (or from 0 on), finite, and at most `most`."""
+LARGEST = {int: 10**9, float: 1e30}  # what float32 and the machine bear
+
+
+def positive(kind, zero=False, most=None):
+    """An argparse type: int or float above 0 (or from 0 on), at most `most`."""
     def parse(text):
-        value = kind(text)
-        if not (value >= 0 if zero else value > 0) or not math.isfinite(value) or value > most:
-            raise argparse.ArgumentTypeError(f"{text} must be {'at least' if zero else 'above'} 0" +
-                                             (f" and at most {most}" if most < math.inf else ""))
+        value, limit = kind(text), LARGEST[kind] if most is None else most
+        if not (0 <= value if zero else 0 < value) or not value <= limit:
+            raise argparse.ArgumentTypeError(f"{text} must be {'at least' if zero else 'above'} 0 and at most {limit}")
         return value
     parse.__name__ = kind.__name__  # argparse's "invalid int value: 'x'"
     return parse
@@ -163,7 +201,7 @@ def shared_arguments(description, presets):
     return p
 
 
-MAY_DIFFER = ("resume", "out", "device", "workers", "compile", "eval_every", "data_root", "tensorboard")
+MAY_DIFFER = ("resume", "out", "data", "device", "workers", "compile", "eval_every", "data_root", "tensorboard")
 
 
 def resolve_arguments(parser, presets, argv=None):
@@ -176,28 +214,52 @@ def resolve_arguments(parser, presets, argv=None):
     args = parser.parse_args(argv)
     given = {str(word)[2:].split("=")[0].replace("-", "_") for word in argv if str(word).startswith("--")}
     given |= {name.removeprefix("no_") for name in given}
-    preset = args.preset if args.preset != "auto" else preset_of(args.data)
-    defaults = {**presets[preset], "preset": preset}
-    if args.epochs:  # fewer or more epochs: the same share of them is warm-up
-        defaults["warmup_epochs"] = round(defaults["warmup_epochs"] * args.epochs / defaults["epochs"])
     data = Path(args.data).resolve().name if Path(args.data).is_dir() else args.data
     script = Path(parser.prog).stem
     folder = Path(args.out or f"runs/{script}-{data}-{args.seed}")
     if args.resume and (folder / "config.json").exists():
-        saved = read_json(folder / "config.json")["arguments"]
-        if saved["script"] != script:
-            raise Stop(f"{folder} is a run of {saved['script']}.py: resume it with that, or choose another --out")
-        other = [f"--{name.replace('_', '-')} {saved[name]}" for name in (given & {*saved}) - {*MAY_DIFFER}
-                 if getattr(args, name) != saved[name]]
+        defaults = saved_arguments(folder, script, parser)
+        other = [f"--{name.replace('_', '-')} {defaults[name]}" for name in (given & {*defaults}) - {*MAY_DIFFER}
+                 if getattr(args, name) != defaults[name]]
         if other:
             raise Stop(f"{folder} was started with {', '.join(other)}: resume with the same arguments, or choose "
                        "another --out")
-        defaults = {name: value for name, value in saved.items() if name not in MAY_DIFFER}
-        given |= {*saved["given"]}  # asked for then: not a preset's number now
+        given |= {*defaults.pop("given")}  # asked for then: not a preset's number now
+    else:
+        preset = args.preset if args.preset != "auto" else preset_of(args.data)
+        defaults = {**presets[preset], "preset": preset}
+        if args.epochs:  # fewer or more epochs: the same share of them is warm-up
+            defaults["warmup_epochs"] = round(defaults["warmup_epochs"] * args.epochs / defaults["epochs"])
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     args.out, args.given, args.script = str(folder), sorted(given & {*vars(args)}), script
     return args
+
+
+def saved_arguments(folder, script, parser):
+    """The arguments of the run in `folder`, each one such as this script could have written; and `given`."""
+    saved = read_json(folder / "config.json")["arguments"]
+    if isinstance(saved.get("script"), str) and saved["script"] != script:
+        raise Stop(f"{folder} is a run of {saved['script']}.py: resume it with that, or choose another --out")
+
+    def possible(action):
+        value = saved.get(action.dest)
+        values = value if action.nargs else [value]
+        if action.nargs == 0:
+            return isinstance(value, bool)
+        try:
+            return [(action.type or str)(str(v)) for v in values] == values and (value in (action.choices or [value]))
+        except (TypeError, ValueError, argparse.ArgumentTypeError):
+            return False
+
+    own = [action for action in parser._actions if action.dest not in ("help", "resume", "out")]
+    bad = [action.dest for action in own if not possible(action)]
+    given = saved.get("given")
+    if bad or not isinstance(given, list) or not all(isinstance(name, str) for name in given):
+        name = [*bad, "given"][0]
+        raise Stop(f"{folder}/config.json is of no run of this program ({name} = {saved.get(name)!r}): restore it, or "
+                   "choose another --out")
+    return {**{action.dest: saved[action.dest] for action in own}, "given": given}
 
 
 def preset_of(data):
@@ -228,8 +290,8 @@ def fit(name, args, at_most, what="pictures"):
 def fit_clusters(args, pictures):
     """--clusters as a strictly falling list, [] for none; a preset shrinks to 20 pictures a cluster."""
     clusters = [] if args.clusters == [0] else list(args.clusters)
-    if clusters != sorted({*clusters}, reverse=True) or min(clusters, default=1) < 1:
-        raise Stop(f"--clusters {' '.join(map(str, clusters))} must be positive and fall from level to level, finest "
+    if clusters != sorted({*clusters}, reverse=True) or min(clusters, default=2) < 2:  # one cluster tells nothing apart
+        raise Stop(f"--clusters {' '.join(map(str, clusters))} must be at least 2 and fall from level to level, finest "
                    "first (or be 0 for none)")
     if clusters and args.warmup_epochs >= args.epochs:
         say(f"--warmup-epochs {args.warmup_epochs} of {args.epochs}: the run ends before the warm-up does")
@@ -277,13 +339,24 @@ def set_lr(optimizer, lr):
         group["lr"] = lr
 
 
+def average(tensors):
+    """Mean over ranks of tensors, in place and in one collective; nothing at world size 1."""
+    if processes() > 1 and tensors:
+        flat = all_reduce_sum(torch.cat([t.flatten() for t in tensors])) / processes()
+        for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
+            t.copy_(part.view_as(t))
+
+
 def average_gradients(parameters):
-    """Mean over ranks of every gradient, in one collective; nothing at world size 1."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if processes() > 1:
-        flat = all_reduce_sum(torch.cat([g.flatten() for g in gradients])) / processes()
-        for g, part in zip(gradients, flat.split([g.numel() for g in gradients])):
-            g.copy_(part.view_as(g))
+    """Mean over ranks of every gradient."""
+    average([p.grad for p in parameters if p.grad is not None])
+
+
+def average_statistics(network):
+    """Mean over ranks of the running statistics of batch norms that see one rank's rows: one network on all ranks."""
+    norms = [child for child in network.modules() if isinstance(child, nn.modules.batchnorm._BatchNorm)]
+    average([statistic for norm in norms if not isinstance(norm, SyncBatchNorm)
+             for statistic in (norm.running_mean, norm.running_var) if statistic is not None])
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -341,26 +414,25 @@ class Run:
     """
 
     def __init__(self, args):
-        self.args, self.folder, self.signal, self.board = args, Path(args.out), 0, None
+        self.args, self.folder, self.board = args, Path(args.out), None
+        self.signal, self.saving, self.parent = 0, False, os.getppid()
         self.checkpoint_path, self.log, self.parts = self.folder / "checkpoint.pt", [], {}
         self.sums, self.steps, self.last = {}, 0, None  # of the epoch so far: sums of its losses, steps, last losses
-        if not args.resume and self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise Stop(f"{self.folder} exists and is not overwritten: continue it with --resume, or choose another "
-                       "--out")
         if args.resume and not (self.folder / "config.json").exists():
             raise Stop(f"{self.folder} holds no run to resume: leave out --resume, or correct --out")
+        if not args.resume:
+            refuse_existing(self.folder)
         if args.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise Stop("--tensorboard needs the package tensorboard: install it, or leave that out") from error
-            self.board = SummaryWriter  # opened with the first row
-        all_reduce_sum(torch.zeros(1))  # every rank has looked before rank 0 writes
+            self.board = SummaryWriter  # rank 0 opens it with its first row
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.note_signal)
 
     def start(self, train, device, **derived):
-        """Say what the run will do; create the folder and config.json, or check that what is resumed had the same data.
+        """Say what the run will do; take the folder; write config.json, or check that a resumed run had the same data.
 
         train: Images; derived: numbers that follow from arguments and data.
         """
@@ -371,20 +443,35 @@ class Run:
         say(f"{self.folder}, preset {self.args.preset}")
         for name, value in shown.items():
             say(f"  {name:20} {value}")
-        if path.exists():
-            saved = read_json(path)["derived"]
-            changed = [name for name in saved if saved[name] != derived.get(name)]
-            if differs := [f"{n} {saved[n]}" for n in changed if n in ("pictures", "fingerprint", "clusters")]:
-                raise Stop(f"{self.folder} ran on other data ({', '.join(differs)}): give the same --data, or choose "
-                           "another --out")
-            if changed:
-                say("resumed with another " + ", ".join(f"{name} ({saved[name]} before)" for name in changed))
-        elif rank() == 0:
+        self.take_folder()
+        if not self.args.resume:
+            write_json(path, dict(arguments=vars(self.args), derived=derived, **circumstances()))
+            return
+        saved = read_json(path)["derived"]
+        changed = [name for name in saved if saved[name] != derived.get(name)]
+        if differs := [f"{n} {saved[n]}" for n in changed if n in ("pictures", "fingerprint", "clusters")]:
+            raise Stop(f"{self.folder} ran on other data ({', '.join(differs)}): give the same --data, or choose "
+                       "another --out")
+        if changed:
+            say("resumed with another " + ", ".join(f"{name} ({saved[name]} before)" for name in changed))
+
+    def take_folder(self):
+        """Rank 0 creates the folder and claims it; where it cannot, every rank stops."""
+        refusal = None
+        if rank() == 0:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
+                claim(self.folder)
+                if not self.args.resume:
+                    refuse_existing(self.folder)  # by a run that began and ended since we looked
+                for torn in self.folder.glob("*.tmp"):
+                    torn.unlink()
             except OSError as error:
-                raise Stop(f"cannot create {self.folder} ({error.strerror}): choose another --out") from error
-            write_json(path, dict(arguments=vars(self.args), derived=derived, **circumstances()))
+                refusal = Stop(f"cannot write to {self.folder} ({error.strerror}): choose another --out")
+            except Stop as stop:
+                refusal = stop
+        if all_reduce_sum(torch.tensor(float(refusal is not None))):
+            raise refusal or Stop("")
 
     def resume(self, device, **parts):
         """Load the checkpoint, if there is one, into `parts` (model, optimizer) -> (epoch, step) to go on at, keep."""
@@ -396,25 +483,46 @@ class Run:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
             epoch, step, self.sums, self.steps, keep = (state[n] for n in ("epoch", "step", "sums", "steps", "keep"))
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise Stop(f"{self.checkpoint_path} is no checkpoint of this network: restore it from a copy, or start "
-                       "again with another --out") from error
-        path = self.folder / "log.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.log = [row for row in map(json.loads, lines) if row["epoch"] <= epoch]  # a later one will be redone
+            whole = all(type(n) is int and n >= 0 for n in (epoch, step, self.steps)) and epoch <= self.args.epochs
+            sums = isinstance(self.sums, dict) and all(type(total) is float for total in self.sums.values())
+            kept = keep is None or torch.is_tensor(keep) or [type(part) for part in keep] == [list] * 4
+            moved = [s for p, of in parts["optimizer"].state.items() for s in of.values()
+                     if torch.is_tensor(s) and s.ndim and s.shape != p.shape]
+            if not (whole and sums and kept) or moved:
+                raise ValueError("values of other types")
+        except Exception as error:  # torch raises many types for what it does not expect
+            raise Stop(f"{self.checkpoint_path} is no checkpoint of this run ({type(error).__name__}): restore it from "
+                       "a copy, or start again with another --out") from error
+        self.log = rows_of_log(self.folder / "log.jsonl", epoch)
         return epoch, step, keep
 
     def note_signal(self, number, frame):
+        """The step is finished and saved first. A second Ctrl-C stops one process at once, but never while it saves."""
+        if self.signal == number == signal.SIGINT and processes() == 1 and not self.saving:
+            raise KeyboardInterrupt
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second one stops at once
 
-    def save(self, epoch, step, keep):
-        """checkpoint.pt: the one before it stays intact until this one is complete."""
+    def asked_to_stop(self):
+        """The signal that any rank got, or 0; the same on all ranks. Whoever has lost torchrun got one too."""
+        if processes() > 1 and os.getppid() != self.parent:
+            self.signal = signal.SIGTERM
+        return int(all_gather_rows(torch.tensor([self.signal])).max())
+
+    def state(self, epoch, step, keep):
+        """What a checkpoint holds, the same on all ranks; refused where it is not finite."""
         self.check()
         keep = tuple(keep) if isinstance(keep, tuple) else keep  # a Hierarchy as plain containers
-        write_atomically(self.checkpoint_path, file_of(dict(
-            {name: part.state_dict() for name, part in self.parts.items()}, epoch=epoch, step=step, keep=keep,
-            sums=self.sums, steps=self.steps)))
+        state = dict({name: part.state_dict() for name, part in self.parts.items()}, epoch=epoch, step=step, keep=keep,
+                     sums={name: float(total) for name, total in self.sums.items()}, steps=self.steps)
+        refuse_not_finite(state)
+        return state
+
+    def save(self, state):
+        """checkpoint.pt: the one before it stays intact until this one is complete, and nobody goes on before."""
+        self.saving = True
+        write_atomically(self.checkpoint_path, file_of(state))
+        self.saving = False
+        all_reduce_sum(torch.zeros(1))
 
     def timed(self, batches, epoch, steps):
         """The same batches, with a progress bar on a terminal; time between asking and getting counts as waiting."""
@@ -429,19 +537,23 @@ class Run:
             yield batch
 
     def end_step(self, epoch, step, values, keep):
-        """Add a dict of scalars to the epoch's means; after a signal on any rank save and stop.
+        """Add a dict of scalars, means over this rank's rows, to the epoch's; after a signal on any rank save and stop.
 
         subtle: a value that is not finite stops the run one step late, so that a GPU need not be waited for; what is
         saved is checked first.
         """
         self.check()
-        self.last = step, {name: value.detach().double() for name, value in values.items()}
+        average_statistics(self.parts["model"])
+        means = all_reduce_sum(torch.stack([value.detach().double() for value in values.values()])) / processes()
+        self.last = step, dict(zip(values, means))
         self.sums = {name: self.sums.get(name, 0) + value for name, value in self.last[1].items()}
         self.steps, self.here = self.steps + 1, self.here + 1
-        number = int(all_gather_rows(torch.tensor([self.signal])).max())
-        if number:
-            self.save(epoch, step + 1, keep)
-            raise Stop(f"stopped, the state is in {self.checkpoint_path}: continue with --resume", 128 + number)
+        if number := self.asked_to_stop():
+            self.save(self.state(epoch, step + 1, keep))
+            self.stop(number)
+
+    def stop(self, number):
+        raise Stop(f"stopped, the state is in {self.checkpoint_path}: continue with --resume", 128 + number)
 
     def check(self):
         """Stop if the last step's values were not finite."""
@@ -450,33 +562,36 @@ class Run:
         step, values = self.last
         values = dict(zip(values, torch.stack([*values.values()]).tolist()))
         if bad := [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]:
-            raise Stop(f"{', '.join(bad)} at step {step}: stopped, the last checkpoint is good; try a lower --base-lr "
-                       "or leave out --amp, in another --out", code=1)
+            raise Stop(f"{', '.join(bad)} at step {step}: {LOWER}", code=1)
 
     def end_epoch(self, epoch, keep, knn, **notes):
         """Write the epoch's row: means, speed, knn() where it is due, notes; then save the state."""
         self.check()
-        means = {name: (all_reduce_sum(total.clone()) / self.steps / processes()).item()
-                 for name, total in self.sums.items()}
+        means = {name: float(total) / self.steps for name, total in self.sums.items()}
         seconds = max(time.perf_counter() - self.begun, 1e-9)
+        self.sums, self.steps, self.last = {}, 0, None
+        state = self.state(epoch + 1, 0, keep)  # first of all: the row, too, is that of a good network
         due = epoch + 1 == self.args.epochs or (epoch + 1) % self.args.eval_every == 0
+        memory = peak_memory()
         self.write(dict(epoch=epoch + 1, **means, lr=self.parts["optimizer"].param_groups[0]["lr"],
                         images_per_s=round(self.batch_size * self.here / seconds, 1),
-                        data_wait=round(self.waited / seconds, 4), peak_memory_gib=round(peak_memory(), 3),
+                        data_wait=round(self.waited / seconds, 4), peak_memory_gib=memory and round(memory, 3),
                         knn=knn() if due else None, **notes, unreadable=len(self.train.unreadable)))
-        self.sums, self.steps, self.last = {}, 0, None
-        self.save(epoch + 1, 0, keep)
+        self.save(state)
+        if number := self.asked_to_stop():
+            self.stop(number)
 
     def write(self, row):
         """Append one object to log.jsonl and print it as one line."""
         self.log.append(row)
         write_atomically(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.log).encode())
         if self.board and rank() == 0:
-            with self.board(self.folder) as board:
-                for name, value in row.items():
-                    for place, number in enumerate(value if isinstance(value, list) else [value]):
-                        if number is not None:
-                            board.add_scalar(f"{name}/{place}", number, row["epoch"])
+            self.board = self.board(self.folder) if isinstance(self.board, type) else self.board
+            for name, value in row.items():
+                for place, number in enumerate(value if isinstance(value, list) else [value]):
+                    if number is not None:
+                        self.board.add_scalar(f"{name}/{place}", number, row["epoch"])
+            self.board.flush()
         say("  ".join(f"{name} {value:.4g}" if isinstance(value, float) else
                       f"{name} {'/'.join(map(str, value)) if isinstance(value, list) else value}"
                       for name, value in row.items() if value is not None))
@@ -484,25 +599,70 @@ class Run:
     def save_backbone(self, backbone):
         """backbone.pt: torchvision's key names, without fc."""
         weights = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
+        refuse_not_finite(weights)
         write_atomically(self.folder / "backbone.pt", file_of(weights))
 
     def verdict(self):
         """The last lines of a run: what was reached against pixels and chance, and what to run next."""
-        first, last = self.log[0], self.log[-1]
-        if last["knn"] is None:
+        first, last = (self.log[0], self.log[-1]) if self.log else ({}, {})  # rows may be lost
+        if last.get("knn") is None:
             say(f"no labels, so no accuracy: look at {self.folder}/tree.png")
         else:
             say("\n" + f"{'kNN accuracy (%)':20}" + "".join(f"{len(c):>7} classes" for c in self.train.class_names))
-            before = {"raw pixels": first["knn_pixels"], "untrained network": first["knn"]}
+            before = {"raw pixels": first.get("knn_pixels"), "untrained network": first["knn"]}
+            before = before if first["epoch"] == 0 else {}
             for name, values in {**before, "trained network": last["knn"]}.items():
                 if values:
                     say(f"{name:20}" + "".join(f"{value:15.1f}" for value in values))
             best = [max(v) for v in zip(*filter(None, before.values()))]
-            say(f"{'error, of before':20}" + "".join(f"{(100 - now) / max(100 - was, 1e-9):14.2f}x"
-                                                    for now, was in zip(last["knn"], best)))
+            if best:
+                say(f"{'error, of before':20}" + "".join(f"{(100 - now) / max(100 - was, 1e-9):14.2f}x"
+                                                         for now, was in zip(last["knn"], best)))
         if (self.folder / "tree.png").exists():
             say(f"\nthe learnt tree  {self.folder}/tree.png, and every picture's clusters in clusters.csv")
         say(f"the backbone     {self.folder}/backbone.pt\nnext             python eval_linear.py --run {self.folder}")
+
+
+def refuse_existing(folder):
+    """Stop where there is a run, or anything else but the torn files of one that could not begin."""
+    if folder.exists() and (not folder.is_dir() or any(path.suffix != ".tmp" for path in folder.iterdir())):
+        raise Stop(f"{folder} exists and is not overwritten: continue it with --resume, or choose another --out")
+
+
+def claim(folder):
+    """Take the folder for this process alone, until it ends, however it ends; Stop where another one has it.
+
+    The lock is the system's and on the folder itself: nothing is left behind. Windows has none such: no claim there.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    os.register_at_fork(after_in_child=lambda: os.close(handle))  # a worker may outlive us, and must not hold it
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise Stop(f"{folder} is in use by another process: wait until that ends, or choose another --out") from error
+    except OSError:
+        pass  # a file system without locks
+
+
+LOWER = "stopped, the last checkpoint is good; try a lower --base-lr or leave out --amp, in another --out"
+
+
+def refuse_not_finite(state):
+    """Stop, naming them, if tensors in nested dicts, lists and tuples are not finite."""
+    def walk(name, value):
+        if isinstance(value, dict | list | tuple):
+            for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+                yield from walk(f"{name}.{key}", part)
+        elif torch.is_tensor(value) and not value.isfinite().all():
+            yield f"{name[1:]} = {value[~value.isfinite()][0].item()}"
+
+    if bad := [*walk("", state)]:
+        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        raise Stop(f"{bad[0]}{more} after the last step: {LOWER}", code=1)
 
 
 def file_of(state):
@@ -523,10 +683,13 @@ def write_atomically(path, content):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise Stop(f"cannot write {path} ({error.strerror}): what was there before is intact, make room and continue "
-                   "with --resume", code=1) from error
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if not isinstance(error, OSError):
+            raise
+        raise Stop(f"cannot write {path} ({error.strerror}): what was there before is intact, make room and start it "
+                   "again (a run with --resume)", code=1) from error
 
 
 def write_json(path, content):
@@ -541,14 +704,18 @@ def circumstances():
 
 
 def load_file(path, device="cpu"):
-    """A torch file, tensors and plain containers only: nothing in it is ever executed."""
+    """A torch file, tensors and plain containers only: nothing in it is ever executed, and every byte is checked."""
+    if not path.is_file():
+        raise Stop(f"{path} is not there, or no file: check the path")
     try:
+        if zipfile.is_zipfile(path):  # torch's own reader ignores the checksums
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(damaged)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError as error:
-        raise Stop(f"{path} does not exist: check the path") from error
-    except Exception as error:  # truncated, foreign, malicious: torch raises many types
+    except Exception as error:  # truncated, damaged, foreign, malicious: torch raises many types
         raise Stop(f"{path} is not a readable checkpoint ({type(error).__name__}): restore it from a copy or give "
                    "another") from error
 
@@ -556,25 +723,44 @@ def load_file(path, device="cpu"):
 def read_json(path):
     """config.json of a run folder, its arguments and derived values."""
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_bytes())
         return {name: dict(config[name]) for name in ("arguments", "derived")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Stop(f"{path} is not readable ({type(error).__name__}): give another --out or --run") from error
+
+
+def rows_of_log(path, epoch):
+    """The rows of log.jsonl up to `epoch`, for a later one will be redone; says which are lost."""
+    rows = {}
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # a torn line
+            row = json.loads(line)
+            if type(row["epoch"]) is int and all(isinstance(row[name] or [], list) for name in ("knn", "knn_pixels")
+                                                 if name in row):
+                rows[row["epoch"]] = row
+    if lost := [str(e) for e in range(epoch + 1) if e not in rows]:
+        say(f"{path} has lost what was logged of epoch {', '.join(lost)}: the run goes on without it")
+    return [rows[e] for e in sorted(rows) if e <= epoch]
 
 
 # ---- what an epoch's row of the log holds
 
 
 def peak_memory():
-    """GiB: the device's high-water mark on CUDA, else the process's."""
+    """GiB: the device's high-water mark on CUDA, else the process's; None where the system does not tell."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def feature_std(embedding):
-    """Spread of the unit rows of (B, D): 1 where they point everywhere, 0 where all point one way."""
-    return embedding.detach().std(dim=0).mean() * embedding.shape[1] ** 0.5
+    """Spread of the unit rows of all ranks' (b, D): 1 where they point everywhere, 0 where all point one way."""
+    return all_gather_rows(embedding.detach()).std(dim=0).mean() * embedding.shape[1] ** 0.5
 
 
 def say(line):
@@ -599,43 +785,45 @@ def write_tree(folder, images, features, hierarchy, rows=27, columns=10):
     own = [(features * p[a[local_rows(len(images))]]).sum(1) for p, a in zip(hierarchy.prototypes, hierarchy.assign)]
     own = [all_gather_rows(similarity).cpu() for similarity in own]  # L x (N,), to the own prototype
     assign = torch.stack(hierarchy.assign).cpu()  # (L, N)
+    if rank() > 0:
+        return
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows(
         [["image", *(f"level{level}" for level in range(len(assign)))],
          *([name, *row] for name, row in zip(images.names, assign.T.tolist()))])
     write_atomically(folder / "clusters.csv", table.getvalue().encode(errors="surrogateescape"))
+    picture = io.BytesIO()
+    draw_tree(images, assign, own, some_paths(assign, rows), columns).save(picture, "png", optimize=True)
+    write_atomically(folder / "tree.png", picture.getvalue())
 
-    paths, margin = some_paths(assign, rows), len(assign) * CELL + 2 * GAP
+
+def draw_tree(images, assign, own, paths, columns):
+    """The picture of write_tree: assign (L, N), own L x (N,) similarities, a row for each of the paths."""
+    margin, levels = len(assign) * CELL + 2 * GAP, range(len(assign) - 1, -1, -1)  # the coarsest first
     canvas = Image.new("RGB", (margin + columns * (SIZE + GAP) + GAP, 28 + len(paths) * (SIZE + GAP)), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(11)
     draw.text((margin, 8), "nearest to the leaf's prototype", "black", font)
 
-    def paste(i, left, top):
-        picture = TF.to_pil_image(images.picture(i)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-        canvas.paste(picture, (left, top))
+    def paste(level, members, left, top, many):
+        nearest = members[own[level][members].argsort(descending=True)[:many]]
+        for place, i in enumerate(nearest.tolist()):
+            picture = TF.to_pil_image(images.picture(i)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+            canvas.paste(picture, (left + place * (SIZE + GAP), top))
 
-    for column, prototypes in enumerate(hierarchy.prototypes[::-1]):
-        title = f"level {len(assign) - 1 - column}: {len(prototypes)} clusters"
-        draw.text((GAP + column * CELL, 8), title, "black", font)
-    for r, path in enumerate(paths):
-        y = 28 + r * (SIZE + GAP)
-        for column, level in enumerate(range(len(path) - 1, -1, -1)):
-            if r and paths[r - 1][level:] == path[level:]:
-                continue  # the cell above goes on
-            left = GAP + column * CELL
-            last = max(s for s in range(r, len(paths)) if paths[s][level:] == path[level:])
-            draw.rectangle((left, y, left + CELL - GAP, y + (last - r + 1) * (SIZE + GAP) - GAP),
-                           fill=PALETTE[path[-1] % len(PALETTE)])
+    for column, level in enumerate(levels):
+        left = GAP + column * CELL
+        draw.text((left, 8), f"level {level}: {len(assign[level].unique())} clusters", "black", font)
+        for _, group in itertools.groupby(enumerate(paths), key=lambda row: row[1][level:]):
+            (first, path), *others = group  # rows of one cell
+            top, height = 28 + first * (SIZE + GAP), (1 + len(others)) * (SIZE + GAP) - GAP
+            draw.rectangle((left, top, left + CELL - GAP, top + height), fill=PALETTE[path[-1] % len(PALETTE)])
             members = (assign[level] == path[level]).nonzero()[:, 0]
-            paste(int(members[own[level][members].argmax()]), left, y)
-            for i, line in enumerate([f"n = {len(members)}", *describe(images, members)]):
-                draw.text((left + SIZE + GAP, y + 13 * i), line, "black", font)
-        members = (assign[0] == path[0]).nonzero()[:, 0]
-        for c, i in enumerate(members[own[0][members].argsort(descending=True)[:columns]].tolist()):
-            paste(i, margin + c * (SIZE + GAP), y)
-    picture = io.BytesIO()
-    canvas.save(picture, "png", optimize=True)
-    write_atomically(folder / "tree.png", picture.getvalue())
+            paste(level, members, left, top, many=1)
+            for line, text in enumerate([f"n = {len(members)}", *describe(images, members)]):
+                draw.text((left + SIZE + GAP, top + 13 * line), text, "black", font)
+    for row, path in enumerate(paths):
+        paste(0, (assign[0] == path[0]).nonzero()[:, 0], margin, 28 + row * (SIZE + GAP), columns)
+    return canvas
 
 
 def describe(images, members, width=16):
@@ -645,7 +833,7 @@ def describe(images, members, width=16):
         counts = torch.bincount(images.labels[members, level].clamp(min=0), minlength=len(names))
         share = counts.max().item() / len(members)
         if not best or share >= 0.5:
-            name = names[int(counts.argmax())].split("/")[-1]
+            name = "".join(c if c.isprintable() else "?" for c in names[int(counts.argmax())].split("/")[-1])
             best = [name if len(name) <= width else name[:width - 1] + "…", f"{100 * share:.0f} %"]
     return best
 
