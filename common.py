@@ -1151,6 +1151,8 @@ def backbone(arch, stem, image_size=224):
         network.heads = nn.Identity()
         return network, network.hidden_dim
     try:
+        if arch not in ("tiny", *torchvision.models.list_models(module=torchvision.models)):
+            raise ValueError("others, as fcn_resnet50, fetch weights")
         network = TinyResNet() if arch == "tiny" else torchvision.models.get_model(arch, weights=None)
         channels, width = network.conv1.out_channels, network.fc.in_features
     except (ValueError, AttributeError) as error:

@@ -180,6 +180,23 @@ def make_pictures(root, images, seed):
         Image.fromarray(painted(generator, kind)).save(folder / f"{i:03d}.png")
 
 
+MODES = ("L", "LA", "RGB", "RGBA", "P", "CMYK", "I;16", "1")
+
+
+def save_in_mode(pixels, mode, path):
+    """Write an RGB array under another mode; path without ending."""
+    picture = Image.fromarray(pixels)
+    if mode == "CMYK":
+        picture.convert("CMYK").save(path.with_suffix(".jpeg"))
+    elif mode == "I;16":
+        gray = np.asarray(picture.convert("L")).astype(np.uint16) * 257
+        Image.fromarray(gray).save(path.with_suffix(".png"))
+    elif mode == "P":
+        picture.convert("P", palette=Image.Palette.ADAPTIVE).save(path.with_suffix(".png"))
+    else:
+        picture.convert(mode).save(path.with_suffix(".png"))
+
+
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
     root = tmp_path_factory.mktemp("pictures")

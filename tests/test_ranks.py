@@ -29,7 +29,6 @@ from conftest import (
 from torch.testing import assert_close
 
 import common
-import hirl_moco
 import hirl_simclr
 import hirl_swav
 import plumbing
@@ -137,7 +136,7 @@ def use_collectives():
         p.grad = torch.full_like(p, 1.0 + rank)
     plumbing.average_gradients(single.parameters())
     mine = common.local_rows(7)
-    keys = hirl_moco.keys(lambda x: 2 * x, torch.arange(4.0).view(2, 2) + 10 * rank, "shuffle",
+    keys = plumbing.keys(lambda x: 2 * x, torch.arange(4.0).view(2, 2) + 10 * rank, "shuffle",
                           torch.Generator().manual_seed(5))
     gather = common.all_gather_rows
     return dict(rows=gather(rows), none=gather(rows[:0]), only_first=gather(rows if rank == 0 else rows[:0]),

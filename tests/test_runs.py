@@ -20,6 +20,7 @@ from conftest import (
     BATCH,
     EPOCHS,
     IMAGES,
+    MODES,
     ROOT,
     SCRIPTS,
     STEPS,
@@ -34,6 +35,7 @@ from conftest import (
     painted,
     refused,
     run,
+    save_in_mode,
     truncate,
 )
 from PIL import Image
@@ -363,23 +365,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(script, batch_size, pictures, t
 
 
 # ---- folders as people have them
-
-
-def save_in_mode(pixels, mode, path):
-    """Write an RGB array under another mode; path without ending."""
-    picture = Image.fromarray(pixels)
-    if mode == "CMYK":
-        picture.convert("CMYK").save(path.with_suffix(".jpeg"))
-    elif mode == "I;16":
-        gray = np.asarray(picture.convert("L")).astype(np.uint16) * 257
-        Image.fromarray(gray).save(path.with_suffix(".png"))
-    elif mode == "P":
-        picture.convert("P", palette=Image.Palette.ADAPTIVE).save(path.with_suffix(".png"))
-    else:
-        picture.convert(mode).save(path.with_suffix(".png"))
-
-
-MODES = ("L", "LA", "RGB", "RGBA", "P", "CMYK", "I;16", "1")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
