@@ -66,7 +66,7 @@ def test_the_views_of_partners_follow_and_leave_the_own_as_they_are(pictures):
     view = common.Augmentation(size=16)
     alone = [views for _, _, views in common.batches(train, BATCH, [view] * 2, seed=0, epoch=1)]
     train.partner = (torch.arange(IMAGES) + 5) % IMAGES
-    for step, index, (own, other) in common.batches(train, BATCH, [still], seed=0, epoch=1):
+    for _, index, (own, other) in common.batches(train, BATCH, [still], seed=0, epoch=1):
         assert_close(own, common.normalize_pixels(train.pixels[index].float() / 255))
         assert_close(other, common.normalize_pixels(train.pixels[(index + 5) % IMAGES].float() / 255))
     for (a, b), (_, _, views) in zip(alone, common.batches(train, BATCH, [view] * 2, seed=0, epoch=1), strict=True):

@@ -66,7 +66,8 @@ def test_the_log_has_a_row_an_epoch(whole):
     assert [row["epoch"] for row in rows] == list(range(EPOCHS + 1))  # 0: before training
     assert len(rows[0]["knn"]) == len(rows[0]["knn_pixels"]) == 2  # superclass and class
     for row in rows[1:]:
-        assert {"lr", "feature_std", "clusters_in_use", "unreadable", "knn", *TIMINGS} <= row.keys()
+        used = "neighbours_same_label" if script == "csml" else "clusters_in_use"
+        assert {"lr", "feature_std", used, "unreadable", "knn", *TIMINGS} <= row.keys()
         assert losses(row) and all(np.isfinite(value) and value > 0 for value in losses(row).values())
         assert 0 <= row["data_wait"] <= 1 and row["unreadable"] == 0 and row["images_per_s"] > 0
         assert all(0 <= value <= 100 for value in row["knn"])
