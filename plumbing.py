@@ -629,6 +629,9 @@ def refuse_existing(folder):
         raise Stop(f"{folder} exists and is not overwritten: continue it with --resume, or choose another --out")
 
 
+CLAIMED = set()  # folders that this process has
+
+
 def claim(folder):
     """Take the folder for this process alone, until it ends, however it ends; Stop where another one has it.
 
@@ -638,6 +641,8 @@ def claim(folder):
         import fcntl
     except ImportError:
         return
+    if folder.resolve() in CLAIMED:
+        return
     handle = os.open(folder, os.O_RDONLY)
     os.register_at_fork(after_in_child=lambda: os.close(handle))  # a worker may outlive us, and must not hold it
     try:
@@ -646,6 +651,7 @@ def claim(folder):
         raise Stop(f"{folder} is in use by another process: wait until that ends, or choose another --out") from error
     except OSError:
         pass  # a file system without locks
+    CLAIMED.add(folder.resolve())
 
 
 LOWER = "stopped, the last checkpoint is good; try a lower --base-lr or leave out --amp, in another --out"
