@@ -5,37 +5,40 @@
 """CsMl on MoCo v2: views seeded from other images, at several layers (Seed the Views 2012.02733, MoCo v2 2003.04297).
 
     1  every few epochs: key features of all images, from the trunk -> K nearest others  common.nearest_neighbours
-    2  an image comes with one of its neighbours, drawn anew; queries q of the image, n of the neighbour and m of
-       the image with a box of the neighbour's in it, lam the share of the image left                 cutmix_box
+    2  an image comes with one of its neighbours, drawn anew each epoch; queries q of the image, n of the neighbour,
+       m of the image with a box of the neighbour's in it, lam the share of the image left              cutmix_box
     3  keys k of the image and k_n of the neighbour; a query picks a key out of a queue of past keys
-    4  CsMl: q picks k, n picks k_n; after a warm-up each picks either; m picks both by their area     csml_loss
-    5  multi-level: the same at earlier stages of the trunk, each with its own queue                 StageEncoder
-    6  step; enqueue k
+    4  CsMl: q picks k, n picks k_n; after a warm-up each picks either; m picks both by their area       csml_loss
+    5  step; enqueue k
 
 CPU demo, under 3 minutes   python csml.py
-the same, plain MoCo v2     python csml.py --neighbours 0       bit for bit hirl_moco.py --clusters 0
+the same, plain MoCo v2     python csml.py --neighbours 0
 several layers              python csml.py --level-weights 0 0 0.5 1
 one GPU                     python csml.py --data cifar100 --amp --compile
 paper scale, 8 GPUs         torchrun --nproc-per-node=8 csml.py --data /imagenet --amp
 
-Symbols  q, n, m queries; k, k_n keys (B, D)    queue u (Q, D)    S stages in use, the last stage last
-         model.neighbours (N, K) image -> images nearest first    a, b weights of own and other key
+Symbols  q, n, m queries; k, k_n keys (B, D)    queue u (Q, D)    S stages in use, the last one alone as released
+         table (N, K) image -> its neighbours, nearest first      a, b weights of own and other key
 
-Changes relative to hirl_moco.py
-  hierarchy     neighbours instead of a tree: --clusters is for tree.png and clusters.csv after training only,
+Changes relative to hirl_moco.py (--neighbours 0 is bit for bit its --clusters 0, if all settings are the same, which
+those of the presets are not)
+  hierarchy     none: neighbours instead of a tree. --clusters is for tree.png and clusters.csv after training only,
                 --warmup-epochs are those in which q and n pick their own key alone
   a step        queries q, n, m pass the encoder as one batch, keys k, k_n as another, batch norm included
   loss          csml_loss instead of info_nce + path loss
 
 Differs from paper or released code
-  multi-level   a RECONSTRUCTION. Known: the abstract pulls similar images together at different layers; the
-                release has the last one alone, the default here. Inferred, and without reference numbers: which
-                stages, pooling + MLP, a queue and the same loss for each, the weights, one table for all
+  multi-level   (--level-weights) a RECONSTRUCTION. Known: the abstract pulls similar images together at different
+                layers; the release has the last one alone, the default here. Inferred, and without reference numbers:
+                which stages, pooling + MLP, a queue and the same loss for each, the weights, one table for all
   neighbours    an image is left out of its own by its number. The release drops the nearest hit: of exact
                 doubles that may be the other one, and the image becomes its own neighbour
   warm-up       the release writes "epoch > 10" into the code; here --warmup-epochs, 11 for ImageNet. CutMix mixes
                 the neighbour in from the first epoch, as released, when the table is an untrained network's
+  lr            cosine per step; the release changes it once an epoch
   small data    the presets below ImageNet differ as in hirl_moco.py; textures: a new table every epoch
+
+In the log  image, neighbour, mix (or moco); those of earlier stages end in _layer1 to _layer3
 """
 
 # ---- [method] import
@@ -80,6 +83,10 @@ AUGMENTATIONS = {
 def parse_args(argv=None):
     p = plumbing.shared_arguments(__doc__, PRESETS)
     add = p.add_argument
+    add("--clusters", type=int, nargs="+", metavar="K", help="clusters a level, finest first, of the tree drawn after "
+        "training; 0: none (preset)")
+    add("--warmup-epochs", type=plumbing.positive(int, zero=True),
+        help="epochs in which image and neighbour pick their own key alone (CsMl: 11; preset)")
     add("--projector", choices=["mlp", "mlp-bn"], help="two linear layers, or with batch norm between (preset)")
     add("--temperature", type=plumbing.positive(float), default=0.2, help="of InfoNCE (MoCo v2)")
     add("--queue-size", type=plumbing.positive(int), help="negatives Q kept (MoCo; preset)")
@@ -91,10 +98,12 @@ def parse_args(argv=None):
     add("--neighbour-weight", type=plumbing.positive(float, zero=True, most=1), default=0.5,
         help="b, after the warm-up, of the other picture's key; a = 1 - b (CsMl: 0.5)")
     add("--level-weights", type=plumbing.positive(float, zero=True), nargs=4, metavar="W", default=[0.0, 0.0, 0.0, 1.0],
-        help="of the loss at the trunk's four stages, 0: stage unused; our reconstruction, see above")
+        help="of the loss at a ResNet's four stages, 0: stage unused; our reconstruction, see above")
     args = plumbing.resolve_arguments(p, PRESETS, argv)
     if args.level_weights[-1] == 0:
         raise common.Stop("--level-weights must end above 0: the last stage is the one that is kept")
+    if any(args.level_weights[:-1]) and args.arch.startswith("vit"):
+        raise common.Stop(f"--level-weights needs stages, which --arch {args.arch} has not: give a ResNet")
     return args
 
 
@@ -110,32 +119,6 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         return self.projector(self.backbone(x))
-
-
-# ---- [method] stages
-class StageEncoder(nn.Module):
-    """Projections of S stages of an Encoder's ResNet, 4 the last: (B, 3, H, W) -> (B, S, D), raw.
-
-    Stage 4 alone is the Encoder itself. Earlier ones are pooled and get a projector like its own: a reconstruction.
-    """
-
-    def __init__(self, encoder, stages, projector, dim):
-        super().__init__()
-        self.backbone, self.projectors = encoder.backbone, nn.ModuleDict()
-        for stage in stages:
-            width = encoder.projector[0].in_features >> 4 - stage  # each stage is half as wide as the next
-            norm = [nn.BatchNorm1d(width)] if projector == "mlp-bn" else []
-            self.projectors[str(stage)] = encoder.projector if stage == 4 else nn.Sequential(
-                nn.Linear(width, width), *norm, nn.ReLU(inplace=True), nn.Linear(width, dim))
-
-    def forward(self, x):
-        trunk, raw = self.backbone, []
-        x = trunk.maxpool(trunk.relu(trunk.bn1(trunk.conv1(x))))
-        for stage in "1234":
-            x = trunk.get_submodule("layer" + stage)(x)
-            if stage in self.projectors:
-                raw.append(self.projectors[stage](trunk.avgpool(x).flatten(1)))
-        return torch.stack(raw, dim=1)
 
 
 # ---- [shared: moco] model
@@ -188,7 +171,7 @@ def paste_box(images, others, row0, col0, row1, col1):
 def cutmix(images, others, generator):
     """One box of all images (B, C, H, W) from the others -> mixed images, share of the image that is left in them."""
     height, width = images.shape[2:]
-    lam = torch.rand((), generator=generator).item()  # Beta(1, 1)
+    lam = torch.rand(3, generator=generator).median().item()  # the middle of three uniform numbers: Beta(2, 2)
     center = [int(torch.randint(side, (), generator=generator)) for side in (height, width)]
     *box, lam = cutmix_box(height, width, lam, center)
     return paste_box(images, others, *box), lam
@@ -224,6 +207,37 @@ def csml_loss(q, k, queue, lam, weights, temperature):
     return (share * nce).sum(dim=1) / 3  # CsMl
 
 
+# ---- [method] several layers: with --level-weights alone
+class StageEncoder(nn.Module):
+    """An Encoder that tells of S stages of its ResNet, 4 the last: (B, 3, H, W) -> (B, S D), raw, D columns a stage.
+
+    Earlier stages are pooled and get a projector like the last one's: a reconstruction.
+    """
+
+    def __init__(self, encoder, stages, projector, dim):
+        super().__init__()
+        self.backbone, self.projectors = encoder.backbone, nn.ModuleDict()
+        for stage in stages:
+            width = encoder.projector[0].in_features >> 4 - stage  # each stage is half as wide as the next
+            norm = [nn.BatchNorm1d(width)] if projector == "mlp-bn" else []
+            self.projectors[str(stage)] = encoder.projector if stage == 4 else nn.Sequential(
+                nn.Linear(width, width), *norm, nn.ReLU(inplace=True), nn.Linear(width, dim))
+
+    def forward(self, x):
+        trunk, raw = self.backbone, []
+        x = trunk.maxpool(trunk.relu(trunk.bn1(trunk.conv1(x))))
+        for stage in "1234":
+            x = trunk.get_submodule("layer" + stage)(x)
+            if stage in self.projectors:
+                raw.append(self.projectors[stage](trunk.avgpool(x).flatten(1)))
+        return torch.cat(raw, dim=1)
+
+
+def unit_rows(x, dim):
+    """Rows (n, S D) with each of their S embeddings brought to unit length."""
+    return F.normalize(x.unflatten(1, (-1, dim)), dim=2).flatten(1)
+
+
 # ---- [shared: moco] loss
 def info_nce(q, k, queue, temperature):
     """The query picks its own key among the queue: -log exp(q.k/T) / (exp(q.k/T) + sum_j exp(q.u_j/T)).
@@ -249,21 +263,25 @@ def main(args):
     augmentation = AUGMENTATIONS[args.preset]._replace(size=args.image_size)
 
     # ---- [method] model
-    stages = {stage: weight for stage, weight in enumerate(args.level_weights, 1) if weight > 0}
     neighbours = plumbing.fit("neighbours", args, at_most=len(train) - 1, what="other pictures")
     queue_size = plumbing.fit("queue_size", args, at_most=len(train))
     encoder = Encoder(args.arch, args.stem, args.projector, args.dim, args.image_size)
-    encoder = StageEncoder(encoder, stages, args.projector, args.dim)
-    model = MoCo(encoder, len(stages) * args.dim, queue_size)  # a stage's queue: D columns of one
-    if len(stages) > 1:
-        model.queue = F.normalize(model.queue.unflatten(1, (-1, args.dim)), dim=2).flatten(1)  # (Q, S D)
+    stages = [stage for stage, weight in enumerate(args.level_weights, 1) if weight > 0]  # as released: the last
+    if len(stages) == 1:
+        model = MoCo(encoder, args.dim, queue_size)
+    else:  # D columns a stage, in the rows of the encoder and of the queue
+        model = MoCo(StageEncoder(encoder, stages, args.projector, args.dim), len(stages) * args.dim, queue_size)
+        model.queue = unit_rows(model.queue, args.dim)
+    levels = [(f"_layer{stage}" if stage < 4 else "", args.level_weights[stage - 1],
+               slice(place * args.dim, (place + 1) * args.dim)) for place, stage in enumerate(stages)]
     if args.bn == "sync":
         plumbing.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
     model.to(device, memory_format=torch.channels_last)
     encode_q, encode_k = (torch.compile(encoder) if args.compile else encoder
                           for encoder in (model.encoder_q, model.encoder_k))
     names = ["image", "neighbour", "mix"] if neighbours else ["moco"]
-    chance = {name: stages[4] * math.log(1 + queue_size) / len(names) for name in names}
+    chance = {name + layer: weight * math.log(1 + queue_size) / len(names) for layer, weight, _ in levels
+              for name in names}
     exported, clustered = model.encoder_q, model.encoder_k.backbone  # neighbours are those of the key trunk
     views = [augmentation] * 2  # of each image, and of the neighbour that it comes with
 
@@ -309,24 +327,22 @@ def main(args):
             if neighbours:
                 mixed, lam = cutmix(*views_q, common.random_state(*place, "cutmix"))
                 views_q.append(mixed)
-            view_q, view_k = torch.cat(views_q), torch.cat(views_k)  # (3B, 3, H, W), (2B, 3, H, W)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                raw = encode_q(view_q).float()  # (3B, S, D)
+                raw = encode_q(torch.cat(views_q)).float()  # (3B, D)
                 with torch.no_grad():  # no gradient to keys
                     model.update_key_encoder(args.ema_momentum)  # before encoding
-                    k = plumbing.keys(encode_k, view_k, args.bn, common.random_state(*place, "shuffle")).float()
-            q, k = (F.normalize(x, dim=2).unflatten(0, (-1, len(index))) for x in (raw, k))  # (3 or 2, B, S, D)
+                    raw_k = plumbing.keys(encode_k, torch.cat(views_k), args.bn, common.random_state(*place, "shuffle"))
+            qs, ks = (unit_rows(x.float(), args.dim).unflatten(0, (-1, len(index))) for x in (raw, raw_k))
+            k = ks[0]  # of qs (3, B, D) and ks (2, B, D), the image's: the one that is queued
 
-            # ---- [method] base loss
-            b = args.neighbour_weight if epoch >= args.warmup_epochs else 0.0
-            losses, queues = {}, model.queue.split(args.dim, dim=1)  # S of (Q, D), of before this step
-            for (stage, weight), stage_q, stage_k, queue in zip(stages.items(), q.unbind(2), k.unbind(2), queues):
-                terms = (csml_loss(stage_q, stage_k, queue, lam, (1 - b, b), args.temperature) if neighbours else
-                         [info_nce(stage_q[0], stage_k[0], queue, args.temperature)])
-                losses |= {f"{name}_layer{stage}" if stage < 4 else name: weight * term
-                           for name, term in zip(chance, terms)}
-            watched = {"feature_std": plumbing.feature_std(q[0, :, -1])}
-            k = k[0].flatten(1)  # (B, S D): the image's key alone is queued
+            # ---- [method] loss: the queue is that of before this step
+            b, losses = args.neighbour_weight if epoch >= args.warmup_epochs else 0.0, {}
+            for layer, weight, columns in levels:  # the last one alone, without --level-weights
+                q, keys, queue = qs[..., columns], ks[..., columns], model.queue[:, columns]
+                terms = (csml_loss(q, keys, queue, lam, (1 - b, b), args.temperature) if neighbours else
+                         [info_nce(q[0], keys[0], queue, args.temperature)])
+                losses |= {name + layer: weight * term for name, term in zip(names, terms)}
+            watched = {"feature_std": plumbing.feature_std(q[0])}  # of the last stage
 
             # ---- [shared] step
             optimizer.zero_grad()

@@ -218,14 +218,13 @@ def test_stage_encoder_reads_the_stages_of_its_trunk():
         plain = csml.Encoder(arch, "3x3s2", "mlp-bn", D)
         names, x, seen = [*plain.backbone.state_dict()], torch.randn(2, 3, 32, 32), {}
         alone = csml.StageEncoder(plain, [4], "mlp-bn", D)
-        assert torch.equal(alone(x)[:, 0], plain(x))
+        assert torch.equal(alone(x), plain(x))
         several = csml.StageEncoder(plain, [1, 3, 4], "mlp-bn", D)
         assert [*several.backbone.state_dict()] == names
         for stage in (1, 3, 4):
             getattr(plain.backbone, f"layer{stage}").register_forward_hook(
                 lambda _, __, out, stage=stage: seen.update({stage: out.mean(dim=(2, 3))}))
-        found = several(x)
-        assert found.shape == (2, 3, D)
+        found = several(x).unflatten(1, (3, D))  # (2, 3 D), the last stage last
         for place, stage in enumerate((1, 3, 4)):
             assert_close(found[:, place], several.projectors[str(stage)](seen[stage]))
 
@@ -504,10 +503,10 @@ def test_the_loop_of_csml_reads_as_the_paper_says(tmp_path, pictures):
         train.partner = table.gather(1, draw)[:, 0]
         for step, _, (q, k, n, k_n) in common.batches(train, 16, [augmentation] * 2, seed=0, epoch=epoch):
             m, lam = csml.cutmix(q, n, common.random_state(0, epoch, step, "cutmix"))
-            raw = model.encoder_q(torch.cat([q, n, m]))  # (48, 2, 128)
+            raw = model.encoder_q(torch.cat([q, n, m])).unflatten(1, (2, 128))  # (48, 2, 128)
             for p_k, p_q in zip(model.encoder_k.parameters(), model.encoder_q.parameters()):
                 p_k.data = args.ema_momentum * p_k.data + (1 - args.ema_momentum) * p_q.data
-            raw_k = model.encoder_k(torch.cat([k, k_n]))
+            raw_k = model.encoder_k(torch.cat([k, k_n])).unflatten(1, (2, 128))
             a, b = (1, 0) if epoch == 0 else (0.6, 0.4)
             terms = {}
             for place, (layer, weight) in enumerate(((3, 0.5), (4, 1))):
