@@ -64,7 +64,7 @@ kmeans() {  # ImageNet's 1.28 million rows: exact pass, level 0, and the tree 30
 }
 speed() { part speed bash -c compare_speed; }
 runs() {  # CIFAR-100, ResNet-18, 200 epochs, seed 0: at most 8 minutes each
-    for name in hirl-moco moco hcsc; do
+    for name in hirl_moco hirl_moco-clusters-0 hcsc; do
         part "run-$name" python results/reproduce.py --only "gpu/$name-0" --cifar100 "$DATA"
     done
 }

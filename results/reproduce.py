@@ -7,8 +7,8 @@
     python results/reproduce.py --check                 # exit 1, and say where, if one is not what its logs give
 
 Each run has one thread and low priority; Ctrl-C stops, the next call goes on from there. What a run leaves in
-runs/STUDY/NAME-SEED-CODE/ is evaluated by eval_linear.py; its config, log and evaluation, and run.json (command, code,
-CPU seconds), come to results/STUDY/NAME-SEED/. CODE is a hash of the script, common.py, plumbing.py and textures.py
+runs/STUDY/RUN-SEED-CODE/ is evaluated by eval_linear.py; its config, log and evaluation, and run.json (command, code,
+CPU seconds), come to results/STUDY/RUN-SEED/. CODE is a hash of the script, common.py, plumbing.py and textures.py
 without comments and docstrings; where a log's is not today's, its row of a table says "earlier code".
 
 In the tables: mean ± standard deviation over the seeds. Differences are paired, seed by seed, to the plain method, with
@@ -23,6 +23,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -44,6 +45,7 @@ STUDIES = {  # arguments of all runs of a study; those of their evaluation (None
     "default": ("", None),
     "textures": ("--epochs 60 --eval-every 5", "--protocol linear knn hierarchy --lr 0.3 --clusters 27 9 3"),
     "validation": ("--epochs 60 --eval-every 20 --validation", None),  # the test pictures are never read
+    "bases": ("--epochs 60 --eval-every 5", "--protocol linear knn hierarchy --lr 0.3 --clusters 27 9 3"),
     "cifar100": ("--data {cifar100} --arch tiny --stem 3x3s2 --batch-size 64 --base-lr 0.48 --ema-momentum 0.99 "
                  "--epochs 30 --eval-every 3", "--protocol linear knn hierarchy --lr 0.3 --clusters 100 20"),
     "cifar100-12": ("--data {cifar100} --preset cifar --arch tiny --stem 3x3s2 --batch-size 64 --base-lr 0.48 "
@@ -52,23 +54,81 @@ STUDIES = {  # arguments of all runs of a study; those of their evaluation (None
     "gpu": ("--data {cifar100} --device cuda --amp --compile --eval-every 10",
             "--protocol linear knn hierarchy --lr 0.3 --clusters 100 20"),
 }
-RUNS = [  # study, name, seeds, the plain method it is compared with, script and its own arguments
-    *(("default", name, 1, None, f"{name}.py") for name in (
-        "hirl_moco", "hcsc", "csml", "hirl_simclr", "hirl_swav", "hirl_simsiam", "hirl_mocov3", "hirl_dino",
-        "hirl_ibot")),
-    ("textures", "moco", 5, None, "hirl_moco.py --clusters 0"),
-    ("textures", "hirl-moco-papers", 5, "moco", "hirl_moco.py --clusters 810 270 27"),
-    ("textures", "hcsc-papers", 5, "moco", "hcsc.py --clusters 81 54 27"),
-    ("textures", "hirl-moco-coarse", 5, "moco", "hirl_moco.py --clusters 108 27 9"),
-    ("textures", "hcsc-release", 5, "moco", "hcsc.py --clusters 81 54 27 --release"),
-    ("cifar100-12", "moco", 1, None, "hirl_moco.py --clusters 0"),
-    ("cifar100-12", "hirl-moco", 1, "moco", "hirl_moco.py --clusters 1000 200 40 --negative-paths 200"),
-    ("cifar100-12", "hcsc", 1, "moco", "hcsc.py --clusters 1000 200 40"),
-    ("cifar100-12", "hcsc-release", 1, "moco", "hcsc.py --clusters 1000 200 40 --release"),
-    ("gpu", "moco", 1, None, "hirl_moco.py --clusters 0"),
-    ("gpu", "hirl-moco", 1, "moco", "hirl_moco.py"),
-    ("gpu", "hcsc", 1, "moco", "hcsc.py"),
-]
+# study, seeds, script and its own arguments; the first line of a group is the plain method, the others' comparison
+RUNS = """
+default 1 hirl_moco.py
+default 1 hcsc.py
+default 1 csml.py
+default 1 hirl_simclr.py
+default 1 hirl_swav.py
+default 1 hirl_simsiam.py
+default 1 hirl_mocov3.py
+default 1 hirl_dino.py
+default 1 hirl_ibot.py
+
+textures 5 hirl_moco.py --clusters 0
+textures 5 hirl_moco.py --clusters 810 270 27
+textures 5 hcsc.py --clusters 81 54 27
+textures 5 hirl_moco.py --clusters 108 27 9
+textures 5 hcsc.py --clusters 81 54 27 --release
+textures 5 hcsc.py --clusters 81 54 27 --prototype-weight 0.2
+
+validation 3 hirl_moco.py --clusters 0
+validation 3 hirl_moco.py --clusters 810 270 27
+validation 3 hcsc.py --clusters 81 54 27
+validation 3 hcsc.py --clusters 810 270 27
+validation 3 hcsc.py --clusters 81 54 27 --prototype-weight 0.2
+validation 3 hcsc.py --clusters 81 54 27 --prototype-weight 0
+validation 3 hcsc.py --clusters 81 54 27 --no-instance-selection
+validation 3 hirl_moco.py --clusters 405 135 14
+validation 3 hirl_moco.py --clusters 270 90 9
+validation 3 hirl_moco.py --clusters 1620 540 54
+validation 3 hcsc.py --clusters 40 27 14
+validation 3 hcsc.py --clusters 27 18 9
+validation 3 hcsc.py --clusters 162 108 54
+validation 3 hirl_moco.py --clusters 810 270 27 --path-weight 0.3
+validation 3 hirl_moco.py --clusters 810 270 27 --path-weight 3
+validation 3 hirl_moco.py --clusters 810 270 27 --warmup-epochs 6
+validation 3 hirl_moco.py --clusters 810 270 27 --warmup-epochs 42
+validation 3 hcsc.py --clusters 81 54 27 --warmup-epochs 42
+
+bases 5 hirl_simclr.py --clusters 0
+bases 5 hirl_simclr.py
+
+bases 5 hirl_swav.py --clusters 0
+bases 5 hirl_swav.py
+
+bases 5 csml.py --neighbours 0
+bases 5 csml.py
+bases 5 csml.py --level-weights 0 0 0.5 1
+
+bases 5 hirl_simsiam.py --clusters 0
+bases 5 hirl_simsiam.py
+
+bases 5 hirl_mocov3.py --clusters 0
+bases 5 hirl_mocov3.py
+
+bases 5 hirl_dino.py --clusters 0
+bases 5 hirl_dino.py
+
+bases 5 hirl_ibot.py --clusters 0
+bases 5 hirl_ibot.py
+
+cifar100 3 hirl_moco.py --clusters 0
+cifar100 3 hirl_moco.py --clusters 3000 1000 100
+cifar100 3 hcsc.py --clusters 300 200 100
+cifar100 3 hcsc.py --clusters 300 200 100 --release
+cifar100 3 csml.py
+
+cifar100-12 1 hirl_moco.py --clusters 0
+cifar100-12 1 hirl_moco.py --clusters 1000 200 40 --negative-paths 200
+cifar100-12 1 hcsc.py --clusters 1000 200 40
+cifar100-12 1 hcsc.py --clusters 1000 200 40 --release
+
+gpu 1 hirl_moco.py --clusters 0
+gpu 1 hirl_moco.py
+gpu 1 hcsc.py
+"""
 
 # ---- what is shown, between <!-- table: NAME --> and <!-- end --> of the two READMEs
 
@@ -82,6 +142,8 @@ TABLES = {  # a study and its columns, heading: measure
                                     "rank", "9 kinds by kNN, beside the plain method": "difference knn 1",
                                     "CPU minutes": "cpu"}),
     "validation": ("validation", {**TEXTURES, "27 leaves, beside the plain method": "difference knn 2"}),
+    "bases": ("bases", {**TEXTURES, "linear, 27 leaves": "linear", "27 leaves by kNN, beside the plain method":
+                        "difference knn 2"}),
     "cifar100": ("cifar100", {**CIFAR, "linear, 100 classes": "linear", "100 classes by kNN, beside the plain method":
                               "difference knn 1"}),
     "cifar100-trees": ("cifar100", {"NMI, 20 clusters": "nmi 20", "100": "nmi 100", "rank correlation": "rank",
@@ -91,8 +153,9 @@ TABLES = {  # a study and its columns, heading: measure
     "gpu": ("gpu", {**CIFAR, "linear, 100 classes": "linear", "100 classes by kNN, beside the plain method":
                     "difference knn 1", "minutes": "minutes"}),
 }
-PICTURE = ("textures", {"moco": "#777777", "hirl-moco-papers": "#0072b2", "hcsc-papers": "#d55e00"},
-           {"9 kinds": 1, "27 leaves": 2})  # a study, its runs' colours, a panel a label level
+PICTURE = ("textures", {"hirl_moco.py --clusters 0": "#777777", "hirl_moco.py --clusters 810 270 27": "#0072b2",
+                        "hcsc.py --clusters 81 54 27": "#d55e00"},
+           {"9 kinds": 1, "27 leaves": 2})  # a study, the colours of its lines, a panel a label depth
 COSTS = [  # log in results/, numbers in it, what they are, how they are said
     ("bench_losses.txt", r"ratio +(\S+) x faster, (\S+) of the memory",
      "path loss, forward and backward, B 256, D 128, K 30000-10000-1000, M 1000, against gathered prototypes",
@@ -116,14 +179,13 @@ class Run(NamedTuple):
     """One training run."""
 
     study: str
-    name: str
-    seed: int
-    plain: str  # name of the plain method it is compared with, or None
     command: str  # script and its own arguments
+    plain: str  # the command it is compared with
+    seed: int
 
     @property
     def id(self):
-        return f"{self.study}/{self.name}-{self.seed}"
+        return f"{self.study}/{re.sub('[ -]+', '-', self.command.replace('.py', ''))}-{self.seed}"
 
     @property
     def arguments(self):
@@ -131,9 +193,12 @@ class Run(NamedTuple):
 
 
 def all_runs():
-    """The list, seed by seed within a study: the first seeds of everything come first."""
-    runs = [Run(study, name, seed, plain, command) for study, name, seeds, plain, command in RUNS
-            for seed in range(seeds)]
+    """The list, study by study, and in a study seed by seed: the first seeds of everything come first."""
+    runs = []
+    for group in RUNS.strip().split("\n\n"):
+        lines = [line.split(maxsplit=2) for line in group.splitlines()]
+        runs += [Run(study, command, lines[0][2], seed) for study, seeds, command in lines
+                 for seed in range(int(seeds))]
     return sorted(runs, key=lambda run: (list(STUDIES).index(run.study), run.seed))
 
 
@@ -244,23 +309,24 @@ def perform_all(runs, args):
 
 
 def settings(study):
-    """name -> Setting of a study."""
-    logs, commands, plain = {}, {}, {}
+    """command -> Setting of a study."""
+    logs, found = {}, {}
     for run in all_runs():
         if run.study == study:
-            commands[run.name], plain[run.name] = run, run.plain
             log = read(run)
-            logs.setdefault(run.name, {}).update({run.seed: log} if log else {})
-    return {name: Setting(f"`{run.command}`", any(is_earlier(run, log) for log in logs[name].values()),
-                          logs.get(plain[name], {}), logs[name]) for name, run in commands.items()}
+            logs.setdefault(run.command, {}).update({run.seed: log} if log else {})
+            found[run.command] = run
+    return {command: Setting(f"`{command}`", any(is_earlier(run, log) for log in logs[command].values()),
+                             {} if run.plain == command else logs[run.plain], logs[command])
+            for command, run in found.items()}
 
 
 def made_of_logs():
     """(name -> text of a table, the picture's text)."""
     of = {study: settings(study) for study in STUDIES}
     study, colours, panels = PICTURE
-    curves = {name: (colour, [*of[study][name].logs.values()]) for name, colour in colours.items()}
-    return {"verdict": verdict(of["default"]["hirl_moco"]), "cost": cost_table(COSTS, ROOT / "results"),
+    curves = {command: (colour, [*of[study][command].logs.values()]) for command, colour in colours.items()}
+    return {"verdict": verdict(of["default"]["hirl_moco.py"]), "cost": cost_table(COSTS, ROOT / "results"),
             **{name: study_table(of[study].values(), columns) for name, (study, columns) in TABLES.items()},
             }, picture(curves, panels)
 
@@ -289,7 +355,7 @@ def write():
 
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--only", default="*", metavar="PATTERN", help="runs STUDY/NAME-SEED that match, as 'textures/*-0'")
+    p.add_argument("--only", default="*", metavar="PATTERN", help="runs STUDY/RUN-SEED that match, as 'textures/*-0'")
     p.add_argument("--jobs", type=int, default=1, help="runs at a time")
     p.add_argument("--renew", action="store_true", help="also run anew what earlier code has made")
     p.add_argument("--cifar100", default="cifar100", help="--data of those runs: a folder, or torchvision's")
