@@ -563,6 +563,7 @@ def assert_unchanged(network, frozen):
 
 # ---- main
 def evaluate(args):
+    """Every protocol asked for, its results printed, then all written to --out."""
     device, out = plumbing.set_up(args), Path(args.out)
     earlier_results(out)  # refuses what cannot be written
     network = load_backbone(args).to(device, memory_format=torch.channels_last)

@@ -218,7 +218,8 @@ def main(args):
             plumbing.set_lr(optimizer, 0.5 * peak_lr * (1 + math.cos(math.pi * done)))
 
             # ---- [method] the predictor's learning rate
-            optimizer.param_groups[1]["lr"] = args.predictor_lr * (peak_lr if args.fix_predictor_lr else lr)
+            lr = peak_lr if args.fix_predictor_lr else optimizer.param_groups[0]["lr"]
+            optimizer.param_groups[1]["lr"] = args.predictor_lr * lr
 
             # ---- [method] projections and predictions
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):

@@ -110,8 +110,8 @@ def test_hcsc_terms_are_means_over_levels_by_default():  # H2
     terms = hcsc.hcsc_terms([q], k, queue, tree, index, instance, [prototype], 0.2)
     assert_close(terms["instance"].item(), sum(slow_instance_loss(q, k, queue, instance, 0.2)) / L, **EXACT)
     assert_close(terms["prototype"].item(), sum(slow_prototype_loss(q, tree, index, prototype)) / L, **EXACT)
-    for release in (False, True):
-        terms = hcsc.hcsc_terms([q], k, queue, tree, index, None, [prototype], 0.2, hcsc.RELEASE if release else hcsc.PAPER)
+    for reading in (hcsc.PAPER, hcsc.RELEASE):
+        terms = hcsc.hcsc_terms([q], k, queue, tree, index, None, [prototype], 0.2, reading)
         assert_close(terms["instance"].item(), hcsc.info_nce(q, k, queue, 0.2).item())
 
 
