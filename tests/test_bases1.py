@@ -383,7 +383,8 @@ def test_mocov3_schedule_by_hand():
 def test_simsiam_schedule_golden():
     """The script's own line, at whole epochs: the releases floor the epoch, this project goes on per step."""
     g = golden("schedules")
-    lr_of, = re.findall(r"^ +plumbing.set_lr\(optimizer, (0.5 \* peak_lr .*)\)$", Path(hirl_simsiam.__file__).read_text(), re.MULTILINE)
+    source = Path(hirl_simsiam.__file__).read_text()
+    lr_of, = re.findall(r"^ +plumbing.set_lr\(optimizer, (0.5 \* peak_lr .*)\)$", source, re.MULTILINE)
     for epoch, lr in zip(g["simsiam_epoch"].tolist(), g["simsiam_lr"].tolist()):
         names = dict(math=math, peak_lr=g["simsiam_base_lr"] * g["simsiam_batch_size"] / 256,
                      done=math.floor(epoch) / g["simsiam_epochs"])
