@@ -517,7 +517,7 @@ PROTOCOLS = dict(linear=linear, knn=knn, finetune=finetune, cluster=cluster, hie
 def table(title, rows):
     """Print rows (flat dicts of the same keys) under their names; what is a list is left out."""
     names = [name for name, value in rows[0].items() if not isinstance(value, list)]
-    cells = [names, *([f"{v:.5g}" if isinstance(v, float) else "-" if v is None else str(v)
+    cells = [names, *([f"{round(v, 4):g}" if isinstance(v, float) else "-" if v is None else str(v)
                        for v in map(row.get, names)] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     say(f"\n{title}\n" + "\n".join("  " + "  ".join(map(str.rjust, line, widths)) for line in cells))
