@@ -423,8 +423,7 @@ def knn(task):
     args, rows = task.args, []
     sim, neighbours = common.largest_products(F.normalize(task.features(task.train), dim=1),
                                               F.normalize(task.features(task.test), dim=1), args.k)
-    sim, neighbours = sim.cpu().double(), neighbours.cpu()
-    y, test_y = labels_of(task.train), labels_of(task.test)
+    sim, neighbours, y, test_y = sim.cpu().double(), neighbours.cpu(), labels_of(task.train), labels_of(task.test)
     for depth in task.depths:
         votes = common.knn_votes(sim, y[neighbours, depth], task.classes[depth], args.temperature)
         top1, top5 = vote_accuracy(votes, test_y[:, depth])
@@ -563,11 +562,11 @@ def assert_unchanged(network, frozen):
 
 # ---- main
 def evaluate(args):
-    """Every protocol asked for, its results printed, then all written to --out."""
+    """Every protocol asked for on one frozen network; tables on stdout, the same in --out."""
     device, out = plumbing.set_up(args), Path(args.out)
     earlier_results(out)  # refuses what cannot be written
-    network = load_backbone(args).to(device, memory_format=torch.channels_last)
-    frozen, task, results, seconds = copy.deepcopy(network.state_dict()), Task(args, device, network), {}, {}
+    network, results, seconds = load_backbone(args).to(device, memory_format=torch.channels_last), {}, {}
+    frozen, task = copy.deepcopy(network.state_dict()), Task(args, device, network)
     for protocol in dict.fromkeys(args.protocol):
         begun = time.perf_counter()
         results.update(PROTOCOLS[protocol](task))
@@ -577,8 +576,8 @@ def evaluate(args):
     for title, rows in results.items():
         table(title, rows)
     pictures = dict(train=len(task.train), labelled=len(task.few), test=len(task.test))
-    add_result(out, dict(**plumbing.circumstances(), arguments=vars(args), note=NOTE, pictures=pictures,
-                         results=results, seconds=seconds))
+    add_result(out, dict(plumbing.circumstances(), arguments=vars(args), note=NOTE, pictures=pictures, results=results,
+                         seconds=seconds))
     say(f"\n{NOTE}\nresults  {out}")
 
 
