@@ -29,12 +29,10 @@ Changes relative to hirl_moco.py: no level heads, no paths; the tree chooses neg
 
 Differs from paper or released code
   --release     the released code differs from the paper in H1 to H6: see class Reading
-  small crops   (--multi-crop) as released: summed over crops (H11), over levels as in H2; instance draws are shared,
-                prototype draws are not. Whether they select instances the release leaves open: its multi-crop
-                configuration sets selection_on_local: 1, its training script never reads that file, and has it off by
-                default. Off here; --local-selection turns it on
+  small crops   (--multi-crop) as released: summed over crops (H11); they share the draw of instances, not that of
+                prototypes. Do they select instances? The released multi-crop configuration sets selection_on_local: 1,
+                but the training script never reads that file and has it off by default. --local-selection: on
   prototype     an image's own is that of the epoch's k-means, and its ancestors, not the most similar at each level
-  failures      a selection that fails stops the run; the release falls back to no selection silently
   lr, presets   cosine per step, per epoch in the release; presets below ImageNet change as in hirl_moco.py
 
 In the log  moco without a tree; with it instance and prototype, of small crops _local; dropped_l, what draws leave out.
@@ -90,8 +88,7 @@ def parse_args(argv=None):
     add("--ema-momentum", type=plumbing.positive(float, zero=True, most=1),
         help="m: theta_k <- m theta_k + (1-m) theta_q (MoCo Eq. 2; preset)")
     add("--bn", choices=["sync", "shuffle"], help="batch norm under torchrun: over all, or MoCo's own (preset)")
-    add("--prototype-weight", type=plumbing.positive(float, zero=True), default=1.0,
-        help="of the prototype terms (HCSC: 1)")
+    add("--prototype-weight", type=plumbing.positive(float, zero=True), default=1.0, help="of the prototype terms")
     add("--release", action="store_true", help="the authors' code instead of the paper (H1 to H6, class Reading)")
     add("--multi-crop", action="store_true", help="four smaller crops as further queries (HCSC: 192 to 96 px)")
     add("--no-instance-selection", action="store_true", help="keep all of the queue as negatives (ablation)")

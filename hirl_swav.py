@@ -4,8 +4,8 @@
 # ///
 """HIRL on SwAV: hierarchical image representation learning (HIRL 2205.13159, SwAV 2006.09882).
 
-    1  two global crops and V small local ones, z = normalise(encoder(crop))              encode_crops
-    2  SwAV: the scores z.c of a global crop against P learnt prototypes c become assignments
+    1  two global crops and V small local ones, e = normalise(encoder(crop))              encode_crops
+    2  SwAV: the scores e.c of a global crop against P learnt prototypes c become assignments
        that use all prototypes equally                                                        sinkhorn
     3  every other crop predicts that assignment                                    swapped_prediction
     4  once an epoch, after a warm-up: features of all images -> k-means -> k-means of its
@@ -14,28 +14,28 @@
     6  one small head a level turns the first global crop's raw projection into z^l
     7  HIRL: the image scores high on its own path of the tree, S = prod_l (1 + z^l.c^l)/2, and low
        on random other paths                                                        semantic_path_loss
-    8  step on SwAV + HIRL; queue both global crops' z
+    8  step on SwAV + HIRL; the queue takes both global crops' e
 
 CPU demo, under 3 minutes   python hirl_swav.py
 the same without hierarchy  python hirl_swav.py --clusters 0
 one GPU                     python hirl_swav.py --data cifar100 --amp --compile
 paper scale, 8 GPUs         torchrun --nproc-per-node=8 hirl_swav.py --data /imagenet --amp
 
-Symbols  C = 2 + V crops     b of the B images on this process     z embeddings (C, b, D), unit rows
+Symbols  C = 2 + V crops     b of the B images on this process     e embeddings (C, b, D), unit rows
          swav_prototypes c (P, D), learnt; prototypes[l] (K_l, D) of the tree are k-means centres, as
          assign and parent in hirl_moco.py     scores (C, b, P)     assignments (2, b, P), rows sum to 1
-         queue (2, Q, D), past z of the global crops     in the log, prototypes_in_use: how many of the P
+         queue (2, Q, D), past e of the global crops     in the log, prototypes_in_use: how many of the P
          were the nearest of a global crop within the last epoch's worth of steps
 
 Changes relative to hirl_moco.py
   model         one encoder, whose own features are clustered, and prototypes; no momentum encoder
   views         two global crops and V small ones
   base loss     swapped prediction instead of InfoNCE; the queue's past embeddings only balance the assignments
-  path loss     the batch's rows of hierarchy.assign follow the network at every step (--reassign)
+  path loss     the batch's rows of hierarchy.assign follow the network at every step (--no-reassign: not)
   optimizer     LARC at paper scale; the learning rate warms up, and need not end at 0
 
 Differs from paper or released code
-  re-assignment by the train-mode z of the second crop that the loss has computed anyway; HIRL's release encodes
+  re-assignment by the train-mode e of the second crop that the loss has computed anyway; HIRL's release encodes
                 that crop once more, also in train mode: one more forward pass and batch-norm update a step
   multi-crop    crops of one size go through the trunk together, all through the projector together, as in
                 SwAV; HIRL's release encodes one after the other: other batch-norm statistics
@@ -103,7 +103,7 @@ def parse_args(argv=None):
     add("--local-size", type=plumbing.positive(int), help="side of the small crops, pixels (preset)")
     add("--queue-size", type=plumbing.positive(int, zero=True),
         help="past images Q that take part in Sinkhorn, 0: none (SwAV; preset)")
-    add("--queue-epoch", type=plumbing.positive(int, zero=True), help="epochs before the queue fills (SwAV; preset)")
+    add("--queue-epoch", type=plumbing.positive(int, zero=True), help="epoch from which it counts (SwAV; preset)")
     add("--optimizer", choices=["larc", "sgd"], help="SGD, or with LARC's rate a tensor (preset)")
     add("--start-lr", type=plumbing.positive(float, zero=True), help="lr at the start, scaled as --base-lr (preset)")
     add("--final-lr", type=plumbing.positive(float, zero=True), help="lr at the end, scaled as --base-lr (preset)")
@@ -111,8 +111,7 @@ def parse_args(argv=None):
         help="share of the run in which lr rises to its peak (SwAV: 10 epochs)")
     add("--negative-paths", type=plumbing.positive(int), help="M random paths an image (HIRL; preset)")
     add("--path-weight", type=plumbing.positive(float), default=1.0, help="of the path loss (HIRL: 1)")
-    add("--reassign", action=plumbing.argparse.BooleanOptionalAction, default=True,
-        help="move a step's images to their nearest leaf (HIRL's SwAV)")
+    add("--no-reassign", action="store_true", help="leave a step's images in the leaves that k-means gave them")
     return plumbing.resolve_arguments(p, PRESETS, argv)
 
 
@@ -148,10 +147,29 @@ class SwAV(nn.Module):
         self.register_buffer("queue", torch.zeros(2, queue_size, dim))  # newest first
         self.register_buffer("chosen", torch.full((prototypes,), -2**40))  # the step that last chose a prototype
 
+    def scores(self, embeddings, frozen):
+        """Cosines (..., P) of (..., D) to the prototypes, first brought to length 1; frozen: no gradient to them."""
+        with torch.no_grad():
+            self.swav_prototypes.copy_(F.normalize(self.swav_prototypes, dim=1))
+        return embeddings @ (self.swav_prototypes.detach() if frozen else self.swav_prototypes).T
+
     @torch.no_grad()
-    def enqueue(self, z):
-        """Put z (2, B, D) in front; the oldest fall off the end."""
-        self.queue.copy_(torch.cat([z, self.queue], dim=1)[:, :self.queue.shape[1]])
+    def assignments(self, scores, use_queue, epsilon, iterations):
+        """Sinkhorn of both global crops' scores (2, b, P), the queue's beside them -> (2, b, P), no gradient."""
+        past = self.queue[:, common.local_rows(self.queue.shape[1] if use_queue else 0)]  # (2, q, D), our share
+        rows = torch.cat([past @ self.swav_prototypes.T, scores], dim=1)  # (2, q + b, P)
+        return torch.stack([sinkhorn(crop, epsilon, iterations)[-scores.shape[1]:] for crop in rows])
+
+    @torch.no_grad()
+    def in_use(self, scores, now, steps):
+        """How many prototypes were the nearest of a global crop, of any process, in the last `steps` steps."""
+        self.chosen.index_fill_(0, common.all_gather_rows(scores.argmax(dim=2).T).flatten(), now)
+        return (self.chosen > now - steps).sum().float()
+
+    @torch.no_grad()
+    def enqueue(self, embeddings):
+        """Put (2, B, D) in front; the oldest fall off the end."""
+        self.queue.copy_(torch.cat([embeddings, self.queue], dim=1)[:, :self.queue.shape[1]])
 
 
 def encode_crops(backbone, projector, crops):
@@ -201,19 +219,19 @@ def swapped_prediction(scores, assignments, temperature):
     log_p = F.log_softmax(scores / temperature, dim=2)  # (C, b, P)
     loss = 0.0
     for i, assignment in enumerate(assignments.detach()):
-        others = [v for v in range(len(scores)) if v != i]
-        loss = loss - (assignment * log_p[others]).sum(dim=2).mean() / 2  # SwAV Eq. 6
+        others = torch.cat([log_p[:i], log_p[i + 1:]])  # (C-1, b, P)
+        loss = loss - (assignment * others).sum(dim=2).mean() / 2  # SwAV Eq. 6
     return loss
 
 
 # ---- [method] the tree's table
 @torch.no_grad()
-def reassign(hierarchy, index, z):
-    """Move images `index` (B,) in hierarchy.assign to the leaf nearest to their z (B, D), and to its ancestors.
+def reassign(hierarchy, index, embeddings):
+    """Move images `index` (B,) in hierarchy.assign to the leaf nearest to their embeddings (B, D), and its ancestors.
 
-    Source: HIRL's released code for SwAV (iteration-wise assignment). z of any length.
+    Source: HIRL's released code for SwAV (iteration-wise assignment). Embeddings of any length.
     """
-    node = (z @ hierarchy.prototypes[0].T).argmax(dim=1)  # (B,)
+    node = (embeddings @ hierarchy.prototypes[0].T).argmax(dim=1)  # (B,)
     for level, assign in enumerate(hierarchy.assign):
         if level > 0:
             node = hierarchy.parent[level - 1][node]  # same path, one level up
@@ -271,6 +289,8 @@ def main(args):
     views = [augmentation] * 2 + [local] * args.local_crops  # of each image
 
     # ---- [method] optimizer
+    start_lr, final_lr = args.start_lr * batch_size / 256, args.final_lr * batch_size / 256
+    queue_from = args.queue_epoch * steps_per_epoch + math.ceil(queue_size / batch_size)  # the step when it is full
     use_larc = args.optimizer == "larc"
     optimizer = torch.optim.SGD(model.parameters(), peak_lr, momentum=0.9,
                                 weight_decay=0 if use_larc else args.weight_decay)
@@ -306,37 +326,24 @@ def main(args):
             place = (args.seed, epoch, step)  # what every draw follows from
 
             # ---- [method] learning rate
-            scale = batch_size / 256
-            lr = learning_rate(done, peak_lr, args.start_lr * scale, args.final_lr * scale, args.lr_warmup)
-            plumbing.set_lr(optimizer, lr)
+            plumbing.set_lr(optimizer, learning_rate(done, peak_lr, start_lr, final_lr, args.lr_warmup))
 
-            # ---- [method] embeddings of all crops
+            # ---- [method] embeddings of all crops, and the tree's table
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                raws = encode_crops(backbone, projector, crops).float()  # (C, b, D)
-            raw, z = raws[0], F.normalize(raws, dim=2)
-            z_global = common.all_gather_rows(z[:2].detach().transpose(0, 1))  # (B, 2, D)
+                raw_crops = encode_crops(backbone, projector, crops).float()  # (C, b, D)
+            raw, embeddings = raw_crops[0], F.normalize(raw_crops, dim=2)
+            whole_batch = common.all_gather_rows(embeddings[:2].detach().transpose(0, 1))  # (B, 2, D), global crops
+            if hierarchy and not args.no_reassign:
+                reassign(hierarchy, common.all_gather_rows(index), whole_batch[:, 1])
 
-            # ---- [method] base loss
+            # ---- [method] base loss: the queue is that of before this step
             now = epoch * steps_per_epoch + step
-            with torch.no_grad():
-                model.swav_prototypes.copy_(F.normalize(model.swav_prototypes, dim=1))
-            prototypes = model.swav_prototypes if now >= args.freeze_prototypes else model.swav_prototypes.detach()
-            scores = z @ prototypes.T  # (C, b, P)
-            with torch.no_grad():  # no gradient to assignments
-                full = (now - args.queue_epoch * steps_per_epoch) * batch_size >= queue_size
-                past = model.queue[:, common.local_rows(queue_size if full else 0)]  # (2, q, D), our share
-                rows = torch.cat([past @ prototypes.T, scores[:2]], dim=1)  # (2, q + b, P)
-                assignments = torch.stack([sinkhorn(crop, args.epsilon, args.sinkhorn_iterations)[-len(index):]
-                                           for crop in rows])  # (2, b, P)
-                model.chosen[(z_global @ prototypes.T).argmax(dim=2)] = now
+            scores = model.scores(embeddings, frozen=now < args.freeze_prototypes)  # (C, b, P)
+            assignments = model.assignments(scores[:2], now >= queue_from, args.epsilon, args.sinkhorn_iterations)
             losses = {"swav": swapped_prediction(scores, assignments, args.temperature)}
-            watched = {"feature_std": plumbing.feature_std(z[0]),
-                       "prototypes_in_use": (model.chosen > now - steps_per_epoch).sum().float()}  # for an epoch now
-
-            # ---- [method] re-assignment
-            if hierarchy and args.reassign:
-                reassign(hierarchy, common.all_gather_rows(index), z_global[:, 1])
-                # DEVIATION (HIRL's released code): one more forward pass in train mode for the second crop's z
+            watched = {"feature_std": plumbing.feature_std(embeddings[0]),
+                       "prototypes_in_use": model.in_use(scores[:2], now, steps_per_epoch)}
+            model.enqueue(whole_batch.transpose(0, 1))
 
             # ---- [shared: hirl] path loss
             if hierarchy:
@@ -351,10 +358,6 @@ def main(args):
             sum(losses.values()).backward()
             plumbing.average_gradients(model.parameters())
             optimizer.step()
-
-            # ---- [method] queue
-            if epoch >= args.queue_epoch:
-                model.enqueue(z_global.transpose(0, 1))
 
             # ---- [shared: tree] log
             run.end_step(epoch, step, {**losses, **watched}, hierarchy)
