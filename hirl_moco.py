@@ -33,6 +33,8 @@ Differs from paper or released code
   batch norm    over the whole batch under torchrun (--bn sync), so G processes equal one; --bn shuffle is
                 MoCo's own. On one device shuffling is a permutation inside one batch, a no-op: left out
   lr            cosine per step; the release floors the epoch
+
+In the log  moco and, with a tree, path; chance_level_loss is moco's, of a network that tells nothing apart
 """
 
 # ---- [method] import

@@ -39,7 +39,10 @@ Differs from paper or released code
   projector     no batch norm on the output, which SimCLR's release has, so that HIRL's heads read what they
                 read in hirl_moco.py
   small data    SGD, and milder crops and colours than SimCLR's
+  lr            cosine per step
   lr warm-up    a share of the run (--lr-warmup), not epochs, so that it shrinks with --epochs: 10 of 200
+
+In the log  simclr and, with a tree, path; chance_level_loss is simclr's, of a network that tells nothing apart
 """
 
 # ---- [shared] imports

@@ -32,7 +32,7 @@ Changes relative to hirl_moco.py
   views         two global crops and V small ones
   base loss     swapped prediction instead of InfoNCE; the queue's past embeddings only balance the assignments
   path loss     the batch's rows of hierarchy.assign follow the network at every step (--no-reassign: not)
-  optimizer     LARC at paper scale; the learning rate warms up, and need not end at 0
+  optimizer     LARC at paper scale; lr rises from --start-lr to its peak, and ends at --final-lr
 
 Differs from paper or released code
   re-assignment by the train-mode e of the second crop that the loss has computed anyway; HIRL's release encodes
@@ -40,13 +40,13 @@ Differs from paper or released code
   multi-crop    crops of one size go through the trunk together, all through the projector together, as in
                 SwAV; HIRL's release encodes one after the other: other batch-norm statistics
   crops' mean   the loss averages over crops, as both releases do; SwAV's Eq. 6 sums, which scales the lr
-  queue         fills from --queue-epoch on, as in SwAV; HIRL's release uses it as soon as it is full
+  queue         counts once it is full of images since --queue-epoch, as in SwAV; HIRL's release: once it is full
   sinkhorn      in logarithms: same numbers, but no prototype's mass can underflow to 0 / 0
   warm-up       of the lr, a share of the run (--lr-warmup) in place of 10 epochs: it shrinks with --epochs
   small data    presets below ImageNet train by SGD without LARC. At 32 px epsilon is 0.02: at few steps and small
                 batches softer assignments hardly tell images apart (textures, 8 epochs, two local crops, kNN:
                 66 / 40 / 32 % with 0.05 and a queue of 256, 93 / 58 / 49 % with 0.02 and no queue)
-  path loss, phi, lr per step: as in hirl_moco.py
+  path loss, phi as in hirl_moco.py; lr: per step, as in SwAV
 """
 
 # ---- [shared] imports
