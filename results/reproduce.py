@@ -34,7 +34,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from tables import BLOCK, Log, Setting, cost_table, picture, rendered, study_table, unfounded, verdict
+from tables import BLOCK, Log, Setting, cost_table, file_table, picture, rendered, study_table, unfounded, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "results" / "README.md"]
@@ -156,6 +156,23 @@ TABLES = {  # a study and its columns, heading: measure
 PICTURE = ("textures", {"hirl_moco.py --clusters 0": "#777777", "hirl_moco.py --clusters 810 270 27": "#0072b2",
                         "hcsc.py --clusters 81 54 27": "#d55e00"},
            {"9 kinds": 1, "27 leaves": 2})  # a study, the colours of its lines, a panel a label depth
+FILES = {  # in reading order
+    "hirl_moco.py": "MoCo v2 + HIRL, the method from arguments to last line: read it first",
+    "common.py": "data and views, k-means and hierarchy, hierarchy losses, kNN and neighbours, backbones",
+    "hcsc.py": "MoCo v2 + HCSC: the tree chooses negatives, and leaves out what seems to be the image's own kind",
+    "csml.py": "MoCo v2 + CsMl: no tree; a nearest neighbour, and a CutMix of both, are positives too",
+    "hirl_simclr.py": "SimCLR + HIRL, a composition of this project: NT-Xent within the batch, no queue, no slow encoder",
+    "hirl_swav.py": "SwAV + HIRL: learnt prototypes, Sinkhorn, swapped prediction over several crops",
+    "hirl_simsiam.py": "SimSiam + HIRL: one view predicts the other; no negatives, no slow encoder",
+    "hirl_mocov3.py": "MoCo v3 + HIRL: the batch's keys instead of a queue, a predictor; ResNet or ViT",
+    "hirl_dino.py": "DINO + HIRL: the student predicts a centred, sharpened teacher; ResNet or ViT",
+    "hirl_ibot.py": "iBOT + HIRL: DINO, and the teacher's masked patches; always a ViT",
+    "eval_linear.py": "linear probe, kNN, fine-tuning with few labels, clusters and trees against labels",
+    "plumbing.py": "what surrounds a run: arguments, processes, `Run` (folder, log, checkpoint), the tree's picture; "
+                   "nobody needs to open it",
+    "textures.py": "the embedded data set",
+    "test_losses.py": "each loss against loops one can read, by hand, by law, lifted; the rest is in `tests/`",
+}
 COSTS = [  # log in results/, numbers in it, what they are, how they are said
     ("bench_losses.txt", r"ratio +(\S+) x faster, (\S+) of the memory",
      "path loss, forward and backward, B 256, D 128, K 30000-10000-1000, M 1000, against gathered prototypes",
@@ -327,6 +344,7 @@ def made_of_logs():
     study, colours, panels = PICTURE
     curves = {command: (colour, [*of[study][command].logs.values()]) for command, colour in colours.items()}
     return {"verdict": verdict(of["default"]["hirl_moco.py"]), "cost": cost_table(COSTS, ROOT / "results"),
+            "files": file_table(FILES, ROOT),
             **{name: study_table(of[study].values(), columns) for name, (study, columns) in TABLES.items()},
             }, picture(curves, panels)
 

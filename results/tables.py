@@ -6,6 +6,7 @@ compared with, and its own, both as seed -> Log.
 
 import re
 import statistics
+import subprocess
 from typing import NamedTuple
 
 
@@ -121,6 +122,19 @@ def cost_table(costs, folder):
     for file, pattern, what, text in costs:
         found = re.search(pattern, (folder / file).read_text()) if (folder / file).exists() else None
         lines.append([f"`{file}`", what, text.format(*found.groups()) if found else "not run"])
+    return markdown(lines)
+
+
+def file_table(files, root):
+    """files: name -> what it is, in reading order. Lines of each, and those of `diff hirl_moco.py` to a sibling."""
+    lines = [["file", "lines", "diff", "what"], ["---"] * 4]
+    for name, what in files.items():
+        if (root / name).exists():
+            script, differ = name.startswith("hirl_") or name in ("hcsc.py", "csml.py"), ""
+            if script and name != "hirl_moco.py":
+                found = subprocess.run(["diff", "hirl_moco.py", name], cwd=root, capture_output=True, text=True).stdout
+                differ = str(len(re.findall("^[<>]", found, re.M)))
+            lines.append([f"`{name}`", str(len((root / name).read_text().splitlines())), differ, what])
     return markdown(lines)
 
 

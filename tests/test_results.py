@@ -54,7 +54,7 @@ def test_tables_and_numbers_are_what_the_logs_give():
 
 
 def test_a_changed_number_of_a_table_is_found(copy):
-    page = copy / "README.md"
+    page = copy / "results" / "README.md"
     table = re.search(r"<!-- table: cifar100-12 -->.*?\| \d \| (\d+\.\d)", page.read_text(), re.S)
     edit(page, table[0], table[0].replace(table[1], f"{float(table[1]) + 0.1:.1f}"))
     code, said = reproduce(copy, "--check")
@@ -79,13 +79,13 @@ def test_other_code_must_be_said(copy, log):
     """Red after a change of the code, until the table says "earlier code"; comments do not count."""
     edit(copy / "common.py", "import torch\n", "import torch  # the framework\n")
     assert reproduce(copy, "--check")[0] == 0
-    before = (copy / "README.md").read_text().count("(earlier code)")
+    before = (copy / "results" / "README.md").read_text().count("(earlier code)")
     edit(copy / "common.py", "def near_centroids(", "def now_otherwise():\n    pass\n\n\ndef near_centroids(")
     code, said = reproduce(copy, "--check")
     assert code == 1 and "table cifar100-12" in said
     reproduce(copy, "--tables")
     assert reproduce(copy, "--check")[0] == 0
-    page = (copy / "README.md").read_text()
+    page = (copy / "results" / "README.md").read_text()
     assert page.count("(earlier code)") > before
 
 
