@@ -161,7 +161,7 @@ FILES = {  # in reading order
     "common.py": "data and views, k-means and hierarchy, hierarchy losses, kNN and neighbours, backbones",
     "hcsc.py": "MoCo v2 + HCSC: the tree chooses negatives, and leaves out what seems to be the image's own kind",
     "csml.py": "MoCo v2 + CsMl: no tree; a nearest neighbour, and a CutMix of both, are positives too",
-    "hirl_simclr.py": "SimCLR + HIRL, a composition of this project: NT-Xent within the batch, no queue, no slow encoder",
+    "hirl_simclr.py": "SimCLR + HIRL, this project's own composition: NT-Xent within the batch, no queue",
     "hirl_swav.py": "SwAV + HIRL: learnt prototypes, Sinkhorn, swapped prediction over several crops",
     "hirl_simsiam.py": "SimSiam + HIRL: one view predicts the other; no negatives, no slow encoder",
     "hirl_mocov3.py": "MoCo v3 + HIRL: the batch's keys instead of a queue, a predictor; ResNet or ViT",
