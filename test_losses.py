@@ -230,6 +230,17 @@ def test_path_loss_of_a_sibling_leaf_counts_in_full():
     assert_close(common.semantic_path_loss(*batch, eps=0.0).item(), (-math.log(own) - math.log(1 - sibling)) / 2)
 
 
+def test_path_loss_of_a_prototype_at_the_origin_is_neutral():
+    """Images that cancel out leave a centroid of length 0. It is like nothing: cosine 0, factor 1/2, never NaN."""
+    z, hierarchy, index, leaves = path_batch()
+    hierarchy.prototypes[0][leaves[0]] = hierarchy.prototypes[2][0] = 0
+    z.requires_grad_()
+    loss = common.semantic_path_loss(z, hierarchy, index, leaves)
+    loss.backward()
+    assert_close(loss.item(), slow_semantic_path_loss(z.detach(), hierarchy, index, leaves), **EXACT)
+    assert z.grad.isfinite().all()
+
+
 def test_path_loss_on_the_path_is_finite_in_single_precision():
     """z.c may exceed 1 by rounding, and 1 - S fall below 0: eps must carry it, in value and gradient.
 
@@ -349,17 +360,20 @@ def test_hcsc_losses_equal_the_loops():  # HCSC, instance-wise and prototypical 
     check_hcsc_losses(common.hcsc_instance_loss, common.hcsc_prototype_loss)
 
 
-def test_hcsc_selections_equal_the_loops():  # HCSC, selection of instances and of prototypes
+def check_hcsc_selections(instance_selection, prototype_selection):
     for sizes in (K, (8,), (12, 10, 6, 4)):
         _, _, queue, tree, index, _, _ = hcsc_batch(sizes, seed=len(sizes))
         tree.concentration[0][2] = 1e-5  # under the floor
-        for ours, slow in zip(common.hcsc_instance_selection(queue, tree, index),
-                              slow_instance_selection(queue, tree, index), strict=True):
-            assert_close(ours, slow, **EXACT)
-        tree.concentration[0][2] = 0.3
-        for ours, slow in zip(common.hcsc_prototype_selection(tree, index), slow_prototype_selection(tree, index),
+        for ours, slow in zip(instance_selection(queue, tree, index), slow_instance_selection(queue, tree, index),
                               strict=True):
             assert_close(ours, slow, **EXACT)
+        tree.concentration[0][2] = 0.3
+        for ours, slow in zip(prototype_selection(tree, index), slow_prototype_selection(tree, index), strict=True):
+            assert_close(ours, slow, **EXACT)
+
+
+def test_hcsc_selections_equal_the_loops():  # HCSC, selection of instances and of prototypes
+    check_hcsc_selections(common.hcsc_instance_selection, common.hcsc_prototype_selection)
 
 
 def two_clusters():
@@ -809,6 +823,7 @@ def test_losses_can_be_lifted():
     check_semantic_path_loss(lifted(common.semantic_path_loss))
     check_info_nce(lifted(hirl_moco.info_nce))
     check_hcsc_losses(lifted(common.hcsc_instance_loss), lifted(common.hcsc_prototype_loss))
+    check_hcsc_selections(lifted(common.hcsc_instance_selection), lifted(common.hcsc_prototype_selection))
     check_nt_xent(lifted(hirl_simclr.nt_xent))
     check_csml_loss(lifted(csml.csml_loss))
     check_sinkhorn(lifted(hirl_swav.sinkhorn))

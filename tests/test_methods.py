@@ -123,6 +123,14 @@ def test_hcsc_draws_follow_the_chances():
     assert share[0] == 0 and share[1] == 1 and abs(share[2] - 0.25) < 0.01  # 4 standard deviations
 
 
+def test_hcsc_counts_what_draws_leave_out():
+    """3 of 8 queue entries; of the two other clusters of either image 1 of 4; at the top, where all stay, nothing."""
+    entries = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 1]], dtype=torch.bool)
+    clusters, top = torch.tensor([[0, 1, 1], [1, 0, 0]], dtype=torch.bool), torch.tensor([[0, 1], [1, 0]]) > 0
+    found = {name: share.item() for name, share in hcsc.dropped([entries], [clusters, top]).items()}
+    assert found == {"dropped_0": 3 / 8, "dropped_prototypes_0": 1 / 4}
+
+
 # ---- SimCLR: LARS
 
 
