@@ -845,7 +845,7 @@ def semantic_path_loss(z, hierarchy, index, negative_leaves, eps=1e-6):
             node = hierarchy.parent[level - 1][node]  # same path, one level up
         prototypes = prototypes.detach().to(z.dtype)
         sim = z[:, level] @ prototypes.T  # (B, K_l)
-        cos = sim.gather(1, node) / prototypes.norm(dim=1)[node]  # float32 rows are unit up to 1e-7 only
+        cos = sim.gather(1, node) / prototypes.norm(dim=1).clamp(min=1e-12)[node]  # rows are unit up to 1e-7, or 0
         score = score * (1 + cos) / 2  # (B, 1+M), HIRL path score
     true_negative = (negative_leaves != own_leaf).to(z.dtype)  # (B, M); in a tree the leaf names the path
     positive = -torch.log(score[:, 0] + eps)  # (B,)
