@@ -1102,13 +1102,17 @@ class ViT(torchvision.models.VisionTransformer):
         return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
 
 
-def drop_path(rate, depth, rows, generator):
-    """(2 * depth, *rows) factors for `ViT.tokens`: 0 where a sample skips the branch, else 1 / (1 - chance of it).
+def drop_path(backbone, rate, views, batch_size, generator):
+    """Stochastic depth (1603.09382): factors (2 * depth, V, b) for `ViT.tokens`, None for rate 0 and for ResNets.
 
-    The chance rises from 0 in the first block to `rate` in the last. Source: stochastic depth (1603.09382).
+    0 where an image's view skips the branch, else 1 / (1 - chance of it); the chance rises from 0 in the first block
+    to `rate` in the last. Drawn for the whole batch; these are the b images of this process.
     """
-    chance = torch.linspace(0, rate, depth).repeat_interleave(2).view(-1, *[1] * len(rows))
-    return (torch.rand(2 * depth, *rows, generator=generator) >= chance) / (1 - chance)
+    if not (rate and isinstance(backbone, ViT)):
+        return None
+    chance = torch.linspace(0, rate, len(backbone.encoder.layers)).repeat_interleave(2)[:, None, None]
+    kept = torch.rand(len(chance), views, batch_size, generator=generator) >= chance
+    return (kept / (1 - chance))[..., local_rows(batch_size)].to(backbone.class_token.device)
 
 
 def sincos_positions(rows, columns, width):
