@@ -1112,7 +1112,7 @@ def drop_path(backbone, rate, views, batch_size, generator):
         return None
     chance = torch.linspace(0, rate, len(backbone.encoder.layers)).repeat_interleave(2)[:, None, None]
     kept = torch.rand(len(chance), views, batch_size, generator=generator) >= chance
-    return (kept / (1 - chance))[..., local_rows(batch_size)].to(backbone.class_token.device)
+    return (kept / (1 - chance).clamp(min=1e-6))[..., local_rows(batch_size)].to(backbone.class_token.device)
 
 
 def sincos_positions(rows, columns, width):

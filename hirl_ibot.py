@@ -178,7 +178,7 @@ def encode_crops(encoder, crops, masks=None, mask_token=None, branches=None):
     branches = [None] * 2 if branches is None else [x.flatten(1) for x in branches.tensor_split([2], dim=1)]
     tokens = encoder.backbone.tokens(torch.cat(crops[:2]), masks, mask_token, branches[0])  # (2b, 1+S, F)
     local = [encoder.backbone(torch.cat(crops[2:]), branches=branches[1])] if crops[2:] else []  # ((V-2) b, F)
-    raws = encoder.projector(torch.cat([tokens.flatten(0, 1), *local])).float()
+    raws = encoder.projector(torch.cat([tokens.flatten(0, 1), *local]))
     whole, local = raws.tensor_split([tokens[..., 0].numel()])
     whole = whole.unflatten(0, (2, -1, tokens.shape[1]))  # (2, b, 1+S, D)
     return torch.cat([whole[:, :, 0], local.unflatten(0, (-1, whole.shape[1]))]), whole[:, :, 1:]
@@ -400,9 +400,9 @@ def main(args):
                                              branches)
                 with torch.no_grad():  # no gradient to the teacher, which sees the global crops alone, and whole
                     raws_t, patches_t = encode_crops(model.teacher, crops[:2])  # (2, b, D), (2, b, S, D)
-            raw, frozen, masks = raws[0], epoch < args.freeze_last_layer, masks.flatten(2)  # masks (2, b, S)
-            student, patches = (model.student.logits(x, frozen) for x in (raws, patches))  # (V, b, P), (2, b, S, P)
-            targets, patches_t = (model.teacher.logits(x) for x in (raws_t, patches_t))  # (2, b, P), (2, b, S, P)
+            raw, frozen, masks = raws[0].float(), epoch < args.freeze_last_layer, masks.flatten(2)  # masks (2, b, S)
+            student, patches = (model.student.logits(x.float(), frozen) for x in (raws, patches))  # (V, b, P), (2, b, S, P)
+            targets, patches_t = (model.teacher.logits(x.float()) for x in (raws_t, patches_t))  # (2, b, P), (2, b, S, P)
 
             # ---- [method] base loss
             balance = args.centering == "sinkhorn"
