@@ -88,6 +88,7 @@ LOCAL = {"textures": dict(scale=(0.15, 0.4)), "cifar": dict(scale=(0.08, 0.25)),
 
 # ---- [shared: dino] arguments
 def dino_arguments():
+    """The parser of what DINO and iBOT have in common."""
     p = plumbing.shared_arguments(__doc__, PRESETS)
     add, count, above = p.add_argument, plumbing.positive(int, zero=True), plumbing.positive(float)
     number, share = (plumbing.positive(float, zero=True, most=most) for most in (math.inf, 1))
@@ -218,7 +219,7 @@ def balancing_center(teacher, temperature, iterations=3):
     Sinkhorn's scaling of columns over all processes, as in SwAV and DINOv2. DEVIATION (DINO, iBOT): for small data.
     """
     logits = teacher.flatten(0, -2) / temperature  # (n, P)
-    center = torch.zeros_like(logits[0])
+    center = logits.new_zeros(logits.shape[1])
     for _ in range(iterations):
         mass = F.log_softmax(logits - center, dim=1).logsumexp(dim=0, keepdim=True)  # (1, P), -inf of no rows
         center = center + common.all_gather_rows(mass).logsumexp(dim=0).nan_to_num(neginf=0.0)  # (P,)
@@ -253,20 +254,6 @@ def clip_each(parameters, norm):
     for p in parameters:
         if norm and p.grad is not None:
             p.grad.mul_((norm / (p.grad.norm() + 1e-6)).clamp(max=1))
-
-
-# ---- [shared: dino] is it collapsing?
-@torch.no_grad()
-def use_of_outputs(teacher, center, temperature, chosen, now, steps):
-    """Mean entropy of the targets, entropy of their mean, how many outputs were a target's largest in `steps` steps.
-
-    chosen (P,) int64, the step at which each output was that, is brought up to date.
-    """
-    p, entropy = F.softmax((teacher - center) / temperature, dim=-1), torch.special.entr  # (2, B, P)
-    mean = common.all_reduce_sum(p.mean(dim=(0, 1))) / common.processes()  # (P,)
-    chosen[common.all_gather_rows(p.argmax(dim=-1).T)] = now
-    return {"entropy": entropy(p).sum(dim=-1).mean(), "entropy_of_mean": entropy(mean).sum(),
-            "prototypes_in_use": (chosen > now - steps).sum().float()}
 
 
 def main(args):
@@ -310,12 +297,7 @@ def main(args):
     hierarchy = hierarchy and common.Hierarchy(*hierarchy)
 
     # ---- [shared] features and tree
-    def features(network, images):  # (n, F) of this process's pictures, in evaluation mode
-        return common.extract_features(network, images, args.image_size, device=device, workers=args.workers,
-                                       amp=args.amp)
-
-    def knn():  # percent a label depth
-        return common.knn_accuracy(train, test, lambda images: features(exported.backbone, images))
+    features, knn = plumbing.evaluation(args, device, train, test, exported.backbone)
 
     def grow_tree(x, seed):  # features (n, D) of this process's pictures -> the Hierarchy of all N
         return common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=seed)
@@ -356,7 +338,8 @@ def main(args):
             center = model.center if args.centering == "mean" else balancing_center(targets, temperature)
             losses = {"dino": dino_loss(student, targets, center, args.temperature, temperature)}
             watched = {"feature_std": plumbing.feature_std(F.normalize(raw, dim=1)),
-                       **use_of_outputs(targets, center, temperature, model.chosen, now, steps_per_epoch)}
+                       **plumbing.use_of_outputs(F.softmax((targets - center) / temperature, dim=-1), model.chosen, now,
+                                                 steps_per_epoch)}
             model.center.copy_(moved_center(model.center, targets, args.center_momentum))
 
             # ---- [shared: hirl] path loss

@@ -334,6 +334,8 @@ OWN = {  # small numbers for the arguments that a script has for itself
                  "--local-crops 2 --local-size 8 --lr-warmup 0.2 --epsilon 0.05",
     "hirl_simsiam": "--negative-paths 20",
     "hirl_mocov3": "--negative-paths 20",
+    "hirl_dino": "",
+    "hirl_ibot": "",
 }
 TIMINGS = ("images_per_s", "data_wait", "peak_memory_gib")  # what may differ between equal runs
 
