@@ -769,6 +769,21 @@ def feature_std(embedding):
     return all_gather_rows(embedding.detach()).std(dim=0).mean() * embedding.shape[1] ** 0.5
 
 
+@torch.no_grad()
+def use_of_outputs(p, chosen, now, steps):
+    """For the log: mean entropy of targets p (..., P), entropy of their mean, outputs that were one's largest lately.
+
+    Natural logarithms, all ranks' targets. Both entropies near ln P: all is uniform; that of the mean small: few
+    outputs are in use. chosen (P,) int64, the step each output last was the largest, is brought up to date to step
+    `now`; the last `steps` steps count. Each rank holds as many targets.
+    """
+    p = p.flatten(0, -2)
+    mean = all_reduce_sum(p.mean(dim=0)) / processes()  # (P,)
+    chosen[all_gather_rows(p.argmax(dim=1))] = now
+    return {"entropy": torch.special.entr(p).sum(dim=1).mean(), "entropy_of_mean": torch.special.entr(mean).sum(),
+            "prototypes_in_use": (chosen > now - steps).sum().float()}
+
+
 def say(line):
     """Print on rank 0, at once."""
     if rank() == 0:

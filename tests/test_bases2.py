@@ -22,6 +22,7 @@ import common
 import hirl_dino
 import hirl_ibot
 import hirl_swav
+import plumbing
 from test_losses import EXACT, SINGLE
 
 BOTH = pytest.mark.parametrize("script", (hirl_dino, hirl_ibot), ids=lambda script: script.__name__)
@@ -596,18 +597,15 @@ def test_gradients_are_clipped_one_by_one(script):
     assert_close(long.grad.tolist(), [0.6, 0.8], rtol=1e-6, atol=0)
 
 
-@BOTH
-def test_use_of_outputs_by_hand(script):
+def test_use_of_outputs_by_hand():
     """Four targets on two of four outputs: each certain, their mean ln 2; uniform ones: both ln 4."""
-    teacher = torch.full((2, 2, 4), -50.0)
-    teacher[0, :, 1] = teacher[1, :, 3] = 50.0
-    chosen = torch.full((4,), -2**40)
-    found = script.use_of_outputs(teacher, torch.zeros(4), 0.1, chosen, now=7, steps=2)
+    chosen, certain = torch.full((4,), -2**40), torch.eye(4)[[1, 1, 3, 3]].view(2, 2, 4)
+    found = plumbing.use_of_outputs(certain, chosen, now=7, steps=2)
     assert_close([v.item() for v in found.values()], [0.0, math.log(2), 2.0])
     assert chosen.tolist() == [-2**40, 7, -2**40, 7]
-    found = script.use_of_outputs(teacher[:1], torch.zeros(4), 1e9, chosen, now=8, steps=2)
-    assert_close([v.item() for v in found.values()], [math.log(4), math.log(4), 2.0])
-    assert script.use_of_outputs(teacher[:1], torch.zeros(4), 0.1, chosen, now=9, steps=2)["prototypes_in_use"] == 1
+    found = plumbing.use_of_outputs(torch.full((3, 4), 0.25), chosen, now=8, steps=2)
+    assert_close([v.item() for v in found.values()], [math.log(4), math.log(4), 3.0])
+    assert plumbing.use_of_outputs(certain[:1], chosen, now=9, steps=2)["prototypes_in_use"] == 2
 
 
 @BOTH
@@ -729,7 +727,7 @@ def my_centres():
     teacher, center = logits(2, 6)
     mine = teacher[:, common.local_rows(6)]
     chosen = torch.full((7,), -2**40)
-    use = hirl_dino.use_of_outputs(mine, center, 0.3, chosen, 5, 3)
+    use = plumbing.use_of_outputs(mine.softmax(dim=-1), chosen, 5, 3)
     return dict(moved=hirl_dino.moved_center(center, mine, 0.9), balanced=hirl_dino.balancing_center(mine, 0.3),
                 chosen=chosen, of_mean=use["entropy_of_mean"])
 
