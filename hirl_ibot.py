@@ -60,7 +60,7 @@ PRESETS = {
                      lr_warmup=0.05, final_weight_decay=0.04, clip_grad=3.0, drop_path=0.0, freeze_last_layer=0,
                      centering="sinkhorn", teacher_temperature=[0.02, 0.02], ema_momentum=0.9, patch_weight=0.1,
                      clusters=[108, 27, 9], warmup_epochs=6, negative_paths=100),
-    "cifar": dict(SMALL, arch="vit-4-192-9", init_std=0.0, prototypes=4096, image_size=32, local_size=16),
+    "cifar": dict(SMALL, arch="vit-4-192-9", stem="3x3", init_std=0.0, prototypes=4096, image_size=32, local_size=16),
     "photos": dict(SMALL, arch="vit-8-384-12", prototypes=8192, image_size=96, local_size=48),
     "imagenet": dict(VIT, arch="vit_b_16", prototypes=8192, image_size=224, local_crops=10, local_size=96, epochs=400,
                      batch_size=1024, base_lr=7.5e-4, final_lr=2e-6, lr_warmup=0.025, clip_grad=0.3,

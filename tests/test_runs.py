@@ -101,22 +101,25 @@ def test_clusters_csv_names_every_picture_and_follows_one_tree(whole, pictures):
 
 
 def test_the_backbone_loads_strictly(whole):
-    _, folder, _ = whole
-    network, width = common.backbone("tiny", "3x3")
+    script, folder, _ = whole
+    network, width = common.backbone("vit-4-32-2" if script == "hirl_ibot" else "tiny", "3x3", 16)
     network.load_state_dict(load(folder / "backbone.pt"))
     assert network.eval()(torch.zeros(2, 3, 16, 16)).shape == (2, width)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_plain_base_method_and_a_torchvision_backbone(script, pictures, tmp_path):
-    """--clusters 0 runs without a tree; ResNet-18's weights load strictly into torchvision's but for fc."""
-    argv = arguments(script, pictures, "run", plain=True, epochs=1, arch="resnet18", stem="7x7", eval_every=5)
+    """--clusters 0 runs without a tree; ResNet-18's or a ViT's weights load strictly into torchvision's but for fc."""
+    vit = script == "hirl_ibot"
+    argv = arguments(script, pictures, "run", plain=True, epochs=1, arch="vit-8-64-1" if vit else "resnet18",
+                     stem="7x7", eval_every=5)
     run(tmp_path, script, argv)
     assert not (tmp_path / "run/tree.png").exists() and not (tmp_path / "run/clusters.csv").exists()
     assert "path" not in log(tmp_path / "run")[-1] and log(tmp_path / "run")[-1]["knn"]  # the last epoch always
-    network = torchvision.models.resnet18()
+    network = torchvision.models.VisionTransformer(16, 8, 1, 1, 64, 256) if vit else torchvision.models.resnet18()
     missing, unexpected = network.load_state_dict(load(tmp_path / "run/backbone.pt"), strict=False)
-    assert sorted(missing) == ["fc.bias", "fc.weight"] and not unexpected
+    head = "heads.head" if vit else "fc"
+    assert sorted(missing) == [f"{head}.bias", f"{head}.weight"] and not unexpected
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
