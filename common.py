@@ -1,8 +1,8 @@
 """What is the same in every method: data and views, k-means and hierarchy, hierarchy losses, kNN, backbones.
 
-Read a script first (hirl_moco.py), and come here when you want to know how a helper does it. Functions are
-pure where they can be: tensors and numbers in, tensors out, randomness through a generator or an argument
-that is already drawn. What surrounds a run (arguments, run folder, checkpoint, log) is in plumbing.py.
+Read a script first (hirl_moco.py), and come here when you want to know how a helper does it. Functions are pure where
+they can be: tensors and numbers in, tensors out, randomness through a generator or an argument that is already drawn.
+What surrounds a run (arguments, run folder, checkpoint, log) is in plumbing.py.
 
 Letters: B batch, D embedding, F backbone feature, N images, L levels, K_l clusters at level l, M negative paths,
 V views, H W picture height and width, S side of a view. Rows are items, always.
@@ -15,6 +15,7 @@ import math
 import os
 import pickle
 import re
+import signal
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -99,9 +100,7 @@ class differentiable_sum_(torch.autograd.Function):
         return all_reduce_sum(grad.clone(memory_format=torch.contiguous_format))
 
 
-def differentiable_sum(tensor):
-    """all_reduce_sum of a copy, through which gradients flow."""
-    return differentiable_sum_.apply(tensor)
+differentiable_sum = differentiable_sum_.apply  # all_reduce_sum of a copy, through which gradients flow
 
 
 def all_gather_rows_with_grad(tensor):
@@ -127,45 +126,64 @@ class Images:
     """One split of a data set: N pictures with names and, for evaluation only, labels.
 
     labels       (N, depth) int64, coarse to fine, or None when the pictures carry none
-    class_names  per label level, the names its integers stand for
-    pixels       (N, 3, H, W) uint8 when all pictures share one small size, else None: then `paths`
-                 are decoded on demand by worker processes
+    class_names  a label depth, the names its integers stand for
+    pixels       (N, 3, H, W) uint8 when all pictures share one small size, else None: then the files at `paths` are
+                 decoded on demand by worker processes
     index_of     (N,) int64: i itself, or the neighbour that stands in for an unreadable picture i
+    unreadable   {i: why}; of all ranks after `agree`
+    test         None, or the test split that came with this one
     partner      None, or (N,) int64: the picture whose views follow those of i in a batch (csml.py)
     """
 
     def __init__(self, names, labels=None, class_names=(), pixels=None, paths=None):
         self.names, self.labels, self.class_names = names, labels, class_names
-        self.pixels, self.paths = pixels, paths
-        self.index_of, self.partner = torch.arange(len(names)), None
-        self.unreadable = {}  # index -> reason
+        self.pixels, self.paths, self.test, self.partner = pixels, paths, None, None
+        self.index_of, self.unreadable, self.named = torch.arange(len(names)), {}, set()
 
     def __len__(self):
         return len(self.names)
 
     def fingerprint(self):
-        """A short hash of what the pictures are, so that a run is not resumed on others."""
-        content = [*self.names, int(self.pixels.sum()) if self.pixels is not None else ""]
-        return hashlib.blake2b(repr(content).encode(), digest_size=6).hexdigest()
+        """A short hash of the pictures and their order, test split and all, so that a run is not resumed on others.
+
+        Of pictures in memory every pixel counts; of files that are decoded on demand, size and time of change.
+        """
+        digest = hashlib.blake2b(digest_size=6)
+        for images in (self, self.test) if self.test else (self,):
+            digest.update(repr(images.names).encode())
+            digest.update(images.pixels.cpu().numpy() if images.pixels is not None else
+                          repr([(s.st_size, s.st_mtime_ns) for s in map(os.stat, images.paths)]).encode())
+        return digest.hexdigest()
 
     def picture(self, i):
-        """Picture i as (3, H, W) uint8."""
-        return self.pixels[i] if self.pixels is not None else decode(self.paths[self.index_of[i]])
+        """Picture i, or what stands in for it, as (3, H, W) uint8."""
+        return self.pixels[i] if self.pixels is not None else readable(self, int(self.index_of[i]))[1]
 
-    def replace(self, i, stand_in, reason):
-        """Note that picture i cannot be read and `stand_in` takes its place, index included."""
-        if i in self.unreadable:
-            return
-        self.unreadable[i], self.index_of[i] = reason, stand_in
-        print(f"unreadable picture, using its neighbour: {self.names[i]} ({reason})", file=sys.stderr)
+    def replace(self, found):
+        """Note {i: (j, why)}: j, index and all, takes the place of i, which cannot be read. Stop above 1 % of these."""
+        for i, (j, why) in found.items():
+            self.unreadable[i], self.index_of[i] = why, j
         if len(self.unreadable) > max(1, 0.01 * len(self)):
-            bad = ", ".join(self.names[j] for j in list(self.unreadable)[:20])
+            bad = ", ".join(self.names[i] for i in sorted(self.unreadable)[:20])
             raise Stop(f"{len(self.unreadable)} of {len(self)} pictures cannot be read, more than 1 %: mend or "
                        f"remove them ({bad})")
+
+    def agree(self):
+        """All ranks together: what one could not read is noted by all, and each picture is named once."""
+        tables = [{i: (int(self.index_of[i]), why) for i, why in self.unreadable.items()}] * processes()
+        if processes() > 1:
+            dist.all_gather_object(tables, tables[0])
+        for table in tables:
+            self.replace(table)
+        for i in sorted(self.unreadable.keys() - self.named) if rank() == 0 else ():
+            print(f"unreadable picture, using its neighbour: {self.names[i]} ({self.unreadable[i]})", file=sys.stderr)
+            self.named.add(i)
 
 
 def decode(path):
     """A picture file of any mode as (3, H, W) uint8 RGB: 16-bit is scaled, alpha is dropped."""
+    if not os.path.isfile(path):
+        raise ValueError("no regular file")  # a pipe would never end
     with Image.open(path) as picture:
         if picture.mode.startswith(("I", "F")):  # 16 bits or real numbers a pixel: PIL would clip, not scale
             values = np.asarray(picture, np.float32)
@@ -177,40 +195,56 @@ def decode(path):
 def readable(images, i):
     """(index, picture) of i or, when it cannot be read, of the next picture that can; and why."""
     reason = ""
-    for j in range(i, i + len(images)):
+    for j in range(i, i + 2 + len(images) // 100):  # more in a row are above 1 %
         try:
             return j % len(images), decode(images.paths[j % len(images)]), reason
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # damaged files raise anything
             reason = reason or f"{type(error).__name__}: {error}"
-    raise Stop(f"no picture can be read, the first is {images.paths[0]} ({reason})")
+    raise Stop(f"no picture can be read from {images.paths[i]} on ({reason}): mend or remove them")
 
 
 def load_data(data, data_root="data", device="cpu"):
     """`textures`, `cifar10`, `cifar100`, `stl10` or a folder -> (train, test) Images; test may be None.
 
-    Pictures that fit are one tensor on the device.
-    A folder holds `train/` and `val/` (or `test/`), or just pictures; torchvision's sets are downloaded
-    to `data_root` on first use. Raises Stop with what to do when there is nothing to read.
+    Pictures that fit are one tensor on the device. A folder holds `train/` and `val/` (or `test/`), or just pictures;
+    torchvision's sets are downloaded to `data_root` on first use. Raises Stop with what to do when there is nothing
+    to read.
     """
-    root, test = Path(data), None
+    test = None
     if data == "textures":
         train, test = (Images([f"{i:05d}" for i in range(len(y))], y, TEXTURE_NAMES, pixels=x)
                        for x, y in (textures(200, seed=0), textures(40, seed=1)))
     elif data in ("cifar10", "cifar100", "stl10"):
         train, test = (torchvision_set(data, data_root, train) for train in (True, False))
-    elif not root.is_dir():
-        what = "is a file, not a folder" if root.exists() else "does not exist"
+    elif not os.path.isdir(data):
+        what = "is a file, not a folder" if os.path.exists(data) else "does not exist, or may not be read"
         raise Stop(f"--data {data} {what}: give textures, cifar10, cifar100, stl10 or a folder of pictures")
-    elif not (root / "train").is_dir():
-        train = folder(root)
     else:
-        train = folder(root / "train")
-        for name in ("test", "val"):
-            test = folder(root / name, train.class_names) if (root / name).is_dir() else test
+        parts = [Path(data, name) for name in ("train", "val", "test") if os.path.isdir(Path(data, name))]
+        split = len(parts) > 0 and parts[0].name == "train"
+        train = folder(parts[0] if split else Path(data))
+        test = folder(parts[1], train.class_names) if split and len(parts) > 1 else None
     for images in (train, test):
         if images is not None and images.pixels is not None:
             images.pixels = images.pixels.to(device)
+    train.test = test
     return train, test
+
+
+def picture_files(root):
+    """Every picture under `root`, in order: each real folder once, however links may loop, but no folder of a run."""
+    def refuse(error):
+        raise Stop(f"cannot read the folder {error.filename} ({error.strerror}): check its permissions")
+
+    paths, seen = [], set()
+    for where, folders, names in os.walk(root, onerror=refuse, followlinks=True):
+        if os.path.realpath(where) in seen or {"config.json", "log.jsonl"} <= {*names}:
+            folders.clear()  # go no deeper
+            continue
+        seen.add(os.path.realpath(where))
+        folders.sort()
+        paths += [Path(where, n) for n in names if n.lower().endswith(PICTURES) and not n.startswith(".")]
+    return sorted(paths)
 
 
 def folder(root, class_names=None):
@@ -218,22 +252,18 @@ def folder(root, class_names=None):
 
     class_names: those of the training split, so that both number the classes alike.
     """
-    def refuse(error):
-        raise Stop(f"cannot read the folder {error.filename} ({error.strerror}): check its permissions")
-
-    paths = sorted(Path(where) / name for where, _, names in os.walk(root, onerror=refuse, followlinks=True)
-                   for name in names if name.lower().endswith(PICTURES) and not name.startswith("."))
+    paths = picture_files(root)
     if not paths:
         raise Stop(f"no pictures under {root}: it needs files that end in {' '.join(PICTURES)}")
-    parents = [path.relative_to(root).parts[:-1] for path in paths]
-    depth = min(map(len, parents))  # levels that every picture has
-    levels = [["/".join(parts[:level + 1]) for parts in parents] for level in range(depth)]
+    names = [re.sub(r"[\x00-\x1f]", "\ufffd", str(path.relative_to(root))) for path in paths]  # fit for one line
+    parents = [Path(name).parts[:-1] for name in names]
+    depth = min(map(len, parents))  # of the labels that every picture has
+    levels = [["/".join(parts[:d + 1]) for parts in parents] for d in range(depth)]
     class_names = [sorted(set(level)) for level in levels] if class_names is None else class_names
-    if len(class_names) > depth or any(set(level) - set(names) for level, names in zip(levels, class_names)):
+    if len(class_names) > depth or any(set(level) - set(known) for level, known in zip(levels, class_names)):
         raise Stop(f"{root} has other classes than the training pictures: give both the same sub-folders")
-    labels = [torch.from_numpy(np.searchsorted(names, level)) for names, level in zip(class_names, levels)]
-    images = Images([str(path.relative_to(root)) for path in paths], torch.stack(labels, 1) if labels else None,
-                    class_names, paths=paths)
+    labels = [torch.from_numpy(np.searchsorted(known, level)) for known, level in zip(class_names, levels)]
+    images = Images(names, torch.stack(labels, 1) if labels else None, class_names, paths=paths)
     first = readable(images, 0)[1]
     if max(first.shape[1:]) > 128 or first.numel() * len(paths) > IN_MEMORY_BYTES:
         return images
@@ -244,8 +274,8 @@ def folder(root, class_names=None):
                 pool.shutdown(cancel_futures=True)
                 return images
             pixels[i] = picture
-            if reason:
-                images.replace(i, j, reason)
+            images.replace({i: (j, reason)} if reason else {})
+    images.agree()
     images.pixels = pixels
     return images
 
@@ -254,6 +284,8 @@ def torchvision_set(name, root, train):
     """CIFAR-10, CIFAR-100 (with its 20 superclasses) or STL-10 as Images, downloaded on first use."""
     from torchvision import datasets
 
+    if rank() > 0:
+        all_reduce_sum(torch.zeros(1))  # waits until the first rank has downloaded the set
     try:
         if name == "stl10":
             data = datasets.STL10(root, "train+unlabeled" if train else "test", download=True)
@@ -265,6 +297,8 @@ def torchvision_set(name, root, train):
     except (OSError, RuntimeError) as error:
         raise Stop(f"{name} could not be downloaded to {root} ({error}): put it there by hand, "
                    "or give --data a folder of pictures") from error
+    if rank() == 0:
+        all_reduce_sum(torch.zeros(1))
     class_names = [list(data.classes)]
     if name == "cifar100":  # torchvision leaves the superclasses, which are in the same files, unread
         split, meta = (pickle.loads(Path(root, data.base_folder, file).read_bytes(), encoding="latin1")
@@ -299,21 +333,32 @@ def centre_box(height, width, size):
 
 
 def decoded(images, requests, augmentations, workers):
-    """Yield (index (b,), [crops (b, 3, S, S) uint8 a view]) for each batch of `requests`."""
+    """Yield (index (b,), [crops (b, 3, S, S) uint8 a view]) for each batch of `requests`, decoded by worker processes.
+
+    Raises Stop when one of them ends: killed, or out of shared memory.
+    """
     loader = torch.utils.data.DataLoader(Crops(images, augmentations), batch_sampler=requests, num_workers=workers)
-    for wanted, index, reasons, crops in loader:
-        for i, j, reason in zip(wanted.tolist(), index.tolist(), reasons):
-            if reason:
-                images.replace(i, j, reason)
-        yield index, crops
+    mask = getattr(signal, "pthread_sigmask", lambda how, signals: None)  # Windows has none
+    try:
+        mask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit it: Ctrl-C stops this process alone, which saves
+        batches = iter(loader)
+        mask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        for wanted, index, reasons, crops in batches:
+            images.replace({i: (j, why) for i, j, why in zip(wanted.tolist(), index.tolist(), reasons) if why})
+            yield index, crops
+    except Stop as stop:  # a worker's has its traceback before the sentence
+        raise Stop(str(stop).split("common.Stop: ")[-1].strip()) from stop
+    except (OSError, RuntimeError) as error:
+        raise Stop(f"a process that decodes pictures has ended ({str(error).splitlines()[0]}): give fewer --workers, "
+                   "or this machine more (shared) memory", code=1) from error
 
 
 def batches(images, batch_size, augmentations, *, seed, epoch, start=0, device="cpu", workers=0):
     """Yield (step, index (b,), [view (b, 3, S, S)]) of an epoch, this rank's b rows of every batch.
 
-    Everything random is drawn on the CPU for the global batch from (seed, epoch, step), and a rank uses
-    its slice: an epoch can start at any step, and G ranks see exactly what one process would.
-    With images.partner, as many views of each image's partner follow; the images' own stay the same.
+    Everything random is drawn on the CPU for the global batch from (seed, epoch, step), and a rank uses its slice: an
+    epoch can start at any step, and G ranks see exactly what one process would. With images.partner, as many views of
+    each image's partner follow; the images' own stay the same.
     """
     order, mine = torch.randperm(len(images), generator=random_state(seed, epoch)), local_rows(batch_size)
     steps, views = range(start, len(images) // batch_size), len(augmentations)
@@ -339,9 +384,11 @@ def batches(images, batch_size, augmentations, *, seed, epoch, start=0, device="
                 del draws["crop"]  # done
         else:
             index = images.index_of[planned[0][0]]
-            crops = [images.pixels[ids.to(images.pixels.device)] for ids, _, _ in planned]
-        yield step, index[:len(planned[0][0])].to(device), [
-            channels_last(render_view(crop.to(device), draws, view)) for crop, (_, view, draws) in zip(crops, planned)]
+            crops = [images.pixels[ids.to(images.pixels.device, non_blocking=True)] for ids, _, _ in planned]
+        yield step, index[:len(planned[0][0])].to(device, non_blocking=True), [
+            render_view(crop.to(device), draws, view) for crop, (_, view, draws) in zip(crops, planned)]
+    if on_demand:
+        images.agree()
 
 
 @torch.no_grad()
@@ -352,7 +399,8 @@ def extract_features(network, images, size, *, device="cpu", workers=0, batch_si
     """
     training = network.training
     network.eval()
-    rows = range(len(images))[local_rows(len(images))]
+    own = range(len(images))[local_rows(len(images))]
+    rows = own or range(1)  # a rank without a picture looks at one, for the width
     chunks = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
     if images.pixels is None:
         requests = [[(i, [None]) for i in chunk] for chunk in chunks]
@@ -366,27 +414,24 @@ def extract_features(network, images, size, *, device="cpu", workers=0, batch_si
         if tuple(batch.shape[2:]) != (size, size):
             batch = resized_crop(batch, box.expand(len(batch), 4).to(device), size)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
-            features.append(network(channels_last(normalize_pixels(batch))).float())
+            features.append(network(normalize_pixels(batch)).float())
     network.train(training)
-    features = torch.cat(features)
+    if images.pixels is None:
+        images.agree()
+    features = torch.cat(features)[:len(own)]
     if not features.isfinite().all():
         raise FloatingPointError("features are not finite")
     return features
 
 
-def channels_last(images):
-    """The memory layout in which convolutions are fast, on CPU and GPU alike."""
-    return images.contiguous(memory_format=torch.channels_last)
+# ---- views: every view is made on the device
+# A view is made in two steps. `draw_view` draws every random number on the CPU, for the global batch: a dict of tensors
+# whose first dimension is the sample, so that a rank (or a worker) keeps its rows with {key: value[lo:hi]}.
+# `render_view` turns uint8 images and these numbers into a normalised batch on the images' device; it draws nothing
+# and reads no value back from the device.
 
-
-# ---- augmentation: every view is made on the device
-# A view is made in two steps. `draw_view` draws every random number on the CPU, for the global
-# batch: a dict of tensors whose first dimension is the sample, so that a rank (or a worker) keeps
-# its rows with {key: value[lo:hi]}. `render_view` turns uint8 images and these numbers into a
-# normalised batch on the images' device; it draws nothing and reads no value back from the device.
-
-# One mean and one std for every data set and channel: nothing to measure or to keep with a
-# checkpoint, gray stays gray, and the BatchNorm after the first convolution absorbs what is left.
+# One mean and one std for every data set and channel: nothing to measure or to keep with a checkpoint, gray stays
+# gray, and the BatchNorm after the first convolution absorbs what is left.
 PIXEL_MEAN, PIXEL_STD = 0.5, 0.25
 
 
@@ -409,11 +454,10 @@ class Augmentation(NamedTuple):
 def draw_view(n, augmentation, generator):
     """Every random number of `n` views, drawn on the CPU: no device, rank or image size matters.
 
-    Keys, each with first dimension n: crop (n,10,4) uniform numbers for `crop_boxes`; flip (n,)
-    bool; brightness, contrast, saturation (n,) factors, 1 changes nothing; hue (n,) shift in turns;
-    order (n,4), equal rows: the jitter operations are ordered anew for every call, not for every
-    sample; gray (n,) bool; blur (n,) sigma in pixels, 0 for none; solarize (n,) threshold, 2 for
-    none; shuffle (n,3) channels. An operation that is switched off has no key.
+    Keys, each with first dimension n: crop (n,10,4) uniform numbers for `crop_boxes`; flip (n,) bool; brightness,
+    contrast, saturation (n,) factors, 1 changes nothing; hue (n,) shift in turns; order (n,4), equal rows: the jitter
+    operations are ordered anew for every call, not for every sample; gray (n,) bool; blur (n,) sigma in pixels, 0 for
+    none; solarize (n,) threshold, 2 for none; shuffle (n,3) channels. An operation that is switched off has no key.
     """
     a = augmentation
 
@@ -447,9 +491,8 @@ def draw_view(n, augmentation, generator):
 def crop_boxes(u, height, width, scale, ratio):
     """Random resized crop: u (n,10,4) in [0,1) -> boxes (n,4) int64, (row, column, height, width).
 
-    Each of ten tries takes four numbers: area, aspect (uniform in its logarithm), row and column.
-    The first try that fits is the box; if none does, the largest central box within the range of
-    aspects.
+    Each of ten tries takes four numbers: area, aspect (uniform in its logarithm), row and column. The first try that
+    fits is the box; if none does, the largest central box within the range of aspects.
     """
     area = height * width * (scale[0] + (scale[1] - scale[0]) * u[..., 0])  # (n, 10)
     aspect = ratio[0] * (ratio[1] / ratio[0]) ** u[..., 1]
@@ -467,8 +510,8 @@ def crop_boxes(u, height, width, scale, ratio):
 def resize_weights(start, length, total, size):
     """Matrices (n, size, total) that resample [start, start + length) of `total` pixels to `size`.
 
-    Bilinear with antialias: each row is a triangle around an output pixel's centre, one input pixel
-    wide on either side, or one output pixel where the image shrinks; cut at the crop's edge, sum 1.
+    Bilinear with antialias: each row is a triangle around an output pixel's centre, one input pixel wide on either
+    side, or one output pixel where the image shrinks; cut at the crop's edge, sum 1.
     """
     start, length = start.view(-1, 1, 1), length.view(-1, 1, 1)
     stretch = length / size  # input pixels for one output pixel
@@ -506,8 +549,8 @@ def adjust_hue(images, shift):
     hue = torch.where(value == g, (b - r).add_(chroma, alpha=2), (r - g).add_(chroma, alpha=4))
     hue = torch.where(value == r, g - b, hue) / chroma.clamp(min=1e-12)
     turn = hue / 6 + shift.view(-1, 1, 1)
-    # Back: a channel stands at `value` up to a sixth of a turn from its own hue, at `smallest` from
-    # two sixths on. 2.5 makes the numbers positive, and half a turn puts distance 0 at frac = 0.5.
+    # Back: a channel stands at `value` up to a sixth of a turn from its own hue, at `smallest` from two sixths on.
+    # 2.5 makes the numbers positive, and half a turn puts distance 0 at frac = 0.5.
     own = torch.arange(3, dtype=images.dtype, device=images.device).view(1, 3, 1, 1) / 3
     distance = (turn[:, None] + (2.5 - own)).frac_().sub_(0.5).abs_()  # (n, 3, H, W), turns
     share = distance.mul_(-6).add_(2).clamp_(0, 1)
@@ -527,8 +570,8 @@ def gaussian_blur(images, sigma, kernel_size):
 
 
 def normalize_pixels(images):
-    """float images in [0,1] -> zero mean, about unit deviation: what every network here is fed."""
-    return (images - PIXEL_MEAN) / PIXEL_STD
+    """float images in [0,1] -> what networks are fed: zero mean, about unit deviation, laid out for convolutions."""
+    return ((images - PIXEL_MEAN) / PIXEL_STD).contiguous(memory_format=torch.channels_last)
 
 
 GRAY = TF.rgb_to_grayscale  # (n,3,H,W) -> (n,1,H,W)
@@ -543,8 +586,8 @@ JITTER = {  # each takes factors or shifts (n,); the order of the names is the m
 def render_view(images, draws, augmentation):
     """images (n,3,H,W) uint8, draws on the CPU -> (n,3,size,size) float32, normalised.
 
-    Without a key "crop" the images are taken as cropped already (by a worker that decodes large
-    pictures with the same `crop_boxes`) and must be size x size.
+    Without a key "crop" the images are taken as cropped already (by a worker that decodes large pictures with the same
+    `crop_boxes`) and must be size x size.
     """
     size = augmentation.size
     d = {key: v.to(images.device, non_blocking=True) for key, v in draws.items()}
@@ -596,18 +639,19 @@ def near_centroids(x, centroids, top=1, half=False):
     # lowest. W is 32, 64, ...: other widths are several times slower.
     width = -(-k // 8) * 8 if k < 256 else 32 * math.ceil(k**0.5 / 32)
     strips = -(-k // width)
-    ids = torch.arange(width * strips, device=x.device).view(width, strips).T.flatten().clamp(max=k - 1)
+    ids = torch.arange(width * strips, device=mean.device).view(width, strips).T.flatten().clamp(max=k - 1)
     c = (centroids - mean)[ids]  # (S*W, D); the last centroid fills up
     if half:
-        length = torch.cat([(y - mean).norm(dim=1) for y in (*x.split(2**16), centroids)])
+        length = torch.cat([(y.to(mean) - mean).norm(dim=1) for y in (*x.split(2**16), centroids)])
         half = bool(length.max() < 1000 * length.median())  # else most rows drown in float16's coarse small numbers
         scale = 100 / length.max() if half else 1.0  # scores up to 1.5e4 do not overflow
     c, kind = c * scale, torch.float16 if half else torch.float32
     bias = -0.5 * c.square().sum(1) - (0 if half else c @ mean)  # float32: the same scores from rows as they are
     bias, c = bias.to(kind), c.T.to(kind)
-    step = max((2**27 if x.is_cuda else 2**19) // len(ids), min(1024, 2**27 // len(ids)), 1)
+    step = max((2**27 if c.is_cuda else 2**19) // len(ids), min(1024, 2**27 // len(ids)), 1)
     scores, found = c.new_empty(min(step, len(x)), len(ids)), []  # the memory of every chunk
     for y in x.split(step):
+        y = y.to(mean)
         y = ((y - mean) * scale).half() if half else y
         score = torch.addmm(bias, y, c, out=scores[:len(y)]).view(-1, strips, width)
         best = score.amax(1) if strips > 1 else score[:, 0]  # (n, W)
@@ -622,32 +666,33 @@ def near_centroids(x, centroids, top=1, half=False):
 
 
 def nearest_listed(x, centroids, listed):
-    """(n, D) rows, (n, T) ids -> (n,) the nearest of each row's list, by true differences; (n,) its distance^2."""
-    label, least = [], []
-    step = max(1, (2**25 if x.is_cuda else 2**18) // x.shape[1])
+    """(n, D) rows, (n, T) ids -> (n,) the nearest of each row's list, by true differences; (n,) its distance^2, 0
+    below a millionth of the centroid's length: that is rounding.
+    """
+    label, least, rounding = [], [], 1e-12 * centroids.square().sum(1)
+    step = max(1, (2**25 if centroids.is_cuda else 2**18) // x.shape[1])
     for y, ids in zip(x.split(step), listed.sort(1).values.split(step)):  # sorted: ties to the lowest id
+        y = y.to(centroids)
         d2 = torch.stack([(y - centroids.index_select(0, column)).square_().sum(1) for column in ids.T], 1)  # (n, T)
-        value, place = d2.min(1, keepdim=True)
-        label.append(ids.gather(1, place)[:, 0])
-        least.append(value[:, 0])
+        value, place = d2.min(1)
+        label.append(ids.gather(1, place[:, None])[:, 0])
+        least.append(value.where(value > rounding[label[-1]], 0))
     return torch.cat(label), torch.cat(least)
-
-
-def own_distance(x, centroids, label):
-    """(n,) squared distance of each row to its centroid; below a millionth of the row's length 0: that is rounding."""
-    d2 = nearest_listed(x, centroids, label[:, None])[1]
-    return d2.where(d2 > 1e-12 * x.norm(dim=1).square(), 0)
 
 
 def cluster_sums(x, label, k):
     """(n, D) rows, (n,) ids -> (k, D) sums, (k,) counts; the same on every run, unlike index_add_ on CUDA."""
-    label, order = label.sort(stable=True)
-    start = torch.searchsorted(label, torch.arange(k + 1, device=label.device))
-    # bags of at most 256 rows, then bags of these: parallel for few large clusters, and less rounding
-    cut = torch.cat([start[:-1], torch.arange(0, len(label), 256, device=label.device)]).sort().values
-    part = F.embedding_bag(order, x, cut, mode="sum")
-    bags = torch.arange(len(cut), device=label.device)
-    return F.embedding_bag(bags, part, torch.searchsorted(cut, start[:-1]), mode="sum"), start.diff()
+    sums, counts, step = 0, 0, max(1, 2**25 // x.shape[1])  # 128 MiB at a time
+    for y, own in zip(x.split(step), label.split(step)):
+        own, order = own.sort(stable=True)
+        start = torch.searchsorted(own, torch.arange(k + 1, device=own.device))
+        # bags of at most 256 rows, then bags of these: parallel for few large clusters, and less rounding
+        cut = torch.cat([start[:-1], torch.arange(0, len(own), 256, device=own.device)]).sort().values
+        part = F.embedding_bag(order, y.to(own.device, torch.float32), cut, mode="sum")
+        bags = torch.arange(len(cut), device=own.device)
+        sums = sums + F.embedding_bag(bags, part, torch.searchsorted(cut, start[:-1]), mode="sum")
+        counts = counts + start.diff()
+    return sums, counts
 
 
 def draw(weight, count, generator):
@@ -661,8 +706,28 @@ def take(x, ids):
     """Global ids (M,) -> their rows (M, D) on every rank; which of the M are this rank's, and their places in x."""
     place = ids - rows_before(x)
     own = ((place >= 0) & (place < len(x))).nonzero()[:, 0]
-    rows = x.new_zeros(len(ids), x.shape[1]).index_copy_(0, own, x[place[own]])
-    return all_reduce_sum(rows), own, place[own]
+    place = place[own]
+    rows = x[place.to(x.device)].to(ids.device)
+    if processes() > 1:
+        rows = all_reduce_sum(rows.new_zeros(len(ids), x.shape[1]).index_copy_(0, own, rows))
+    return rows, own, place
+
+
+def checked(x, task):
+    """Rows x (n, D), a tensor or memory map of any float type -> the tensor, the number of rows of all ranks.
+
+    ValueError, with the name of the task, unless all are finite.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of memory maps that cannot be written; nobody writes here
+        x = torch.as_tensor(x)
+    if x.ndim != 2 or x.shape[1] == 0:
+        raise ValueError(f"{task}: rows must be of shape (N, D), not {tuple(x.shape)}")
+    bad = sum(int((~y.float().norm(dim=1).isfinite()).sum()) for y in x.split(2**16))
+    bad, total = all_reduce_sum(torch.tensor([bad, len(x)])).tolist()
+    if bad:
+        raise ValueError(f"{task}: {bad} of {total} rows hold NaN, infinity or too large numbers")
+    return x, total
 
 
 def greedy_seeds(x, weight, k, generator):
@@ -687,49 +752,43 @@ def greedy_seeds(x, weight, k, generator):
     return seeds
 
 
-def checked(x, task):
-    """Rows x (n, D) as float32, and the number of rows of all ranks; ValueError unless all are finite."""
-    if x.ndim != 2 or x.shape[1] == 0:
-        raise ValueError(f"{task}: rows must be of shape (N, D), not {tuple(x.shape)}")
-    x = x.float()
-    bad, total = all_reduce_sum(torch.tensor([int((~x.norm(dim=1).isfinite()).sum()), len(x)])).tolist()
-    if bad:
-        raise ValueError(f"{task}: {bad} of {total} rows hold NaN, infinity or too large numbers")
-    return x, total
+def first_centroids(x, total, k, init, weight, generator, device):
+    """(k, D) float32 on the device: `init`, or greedy seeds of a sample; twelve rows a seed are enough."""
+    if init is not None:
+        centroids = torch.as_tensor(init).to(device, torch.float32, copy=True)
+        if centroids.shape != (k, x.shape[1]) or not centroids.isfinite().all():
+            raise ValueError(f"k-means: init must be {(k, x.shape[1])} finite numbers, not {tuple(centroids.shape)} "
+                             "or NaN")
+        return centroids
+    weight = torch.ones(len(x)) if weight is None else weight
+    if weight.shape != (len(x),):
+        raise ValueError(f"k-means: start_weight must be of shape {(len(x),)}, not {tuple(weight.shape)}")
+    size = min(total, max(2 * k, min(12 * k, 2**27 // x.shape[1])))
+    sample = torch.randperm(total, generator=generator)[:size].sort().values.to(device)
+    return greedy_seeds(take(x, sample)[0].float(), all_gather_rows(weight.to(device).float())[sample], k, generator)
 
 
 @torch.no_grad()
-def kmeans(x, k, *, iterations=20, seed=0, init=None, start_weight=None, exact=False):
+def kmeans(x, k, *, iterations=20, seed=0, init=None, start_weight=None, exact=False, device=None):
     """Lloyd's k-means on squared Euclidean distance -> centroids (k, D) float32, assign (N,) int64.
 
-    x (N, D) of any float type on any device; under a process group this rank's share, of any size. init (k, D) is
-    the start, else greedy seeding, in which row i counts start_weight[i] > 0. From k = 1000 on, unless exact=True,
-    only every sixth pass searches all centroids, the others a row's four candidates; with init there are a fifth more
-    passes; and it ends when less than a thousandth of the rows moves.
-    `assign` is the nearest returned centroid. No cluster is empty, unless x has fewer distinct rows than k (a warning
-    says so); rows closer than a millionth of their length count as equal. ValueError: k < 1, k > N, no rows, rows
-    with NaN, infinity or too large numbers, init or start_weight of another shape.
+    x (N, D) of any float type, a tensor or numpy memory map, clustered in blocks on `device` (default: where it is);
+    under a process group this rank's share, of any size. init (k, D) is the start, else greedy seeding, in which row
+    i counts start_weight[i] > 0. From k = 1000 on, unless exact=True, only every sixth pass searches all centroids,
+    the others a row's four candidates; with init there are a fifth more passes; and it ends when less than a
+    thousandth of the rows moves. `assign` is the nearest returned centroid. No cluster is empty, unless x has fewer
+    distinct rows than k (a warning says so); rows closer than a millionth of their length count as equal. ValueError:
+    k < 1, k > N, no rows, rows with NaN, infinity or too large numbers, init or start_weight of another shape.
     """
     x, total = checked(x, "k-means")
     if not 1 <= k <= total:
         raise ValueError(f"k-means: cannot make {k} clusters of {total} rows")
-    generator = torch.Generator().manual_seed(seed)
-    if init is None:
-        size = min(total, max(2 * k, min(12 * k, 2**27 // x.shape[1])))  # twelve rows a seed are enough to choose it by
-        sample = torch.randperm(total, generator=generator)[:size].sort().values.to(x.device)
-        weight = torch.ones(len(x)) if start_weight is None else start_weight
-        if weight.shape != (len(x),):
-            raise ValueError(f"k-means: start_weight must be of shape {(len(x),)}, not {tuple(weight.shape)}")
-        centroids = greedy_seeds(take(x, sample)[0], all_gather_rows(weight.to(x))[sample], k, generator)
-    else:
-        centroids = torch.as_tensor(init).to(x, copy=True)
-        if centroids.shape != (k, x.shape[1]) or not centroids.isfinite().all():
-            raise ValueError(f"k-means: init must be {(k, x.shape[1])} finite numbers, not {tuple(centroids.shape)} "
-                             "or NaN")
-    quick, half = k >= 1000 and not exact, x.is_cuda
+    generator, device = torch.Generator().manual_seed(seed), torch.device(device or x.device)
+    centroids = first_centroids(x, total, k, init, start_weight, generator, device)
+    quick, half = k >= 1000 and not exact, device.type == "cuda"
     more = quick and init is not None  # it is farther from the end than greedy seeds
     passes, careful, top = iterations * 6 // 5 if more else iterations, half, 4 if quick or half else 1
-    label, scan = torch.zeros(len(x), dtype=torch.long, device=x.device), True
+    label, scan = torch.zeros(len(x), dtype=torch.long, device=device), True
     for step in itertools.count():
         last = step >= passes
         scan = scan or last or not quick or step % 6 == 0 or more and step == 1
@@ -744,7 +803,8 @@ def kmeans(x, k, *, iterations=20, seed=0, init=None, start_weight=None, exact=F
         if not last:
             centroids = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centroids)
         if len(empty):  # put them on rows drawn by squared distance
-            ids = draw(all_gather_rows(own_distance(x, centroids, label)), len(empty), generator)
+            far = all_gather_rows(nearest_listed(x, centroids, label[:, None])[1])
+            ids = draw(far, len(empty), generator)
             if last and len(ids) == 0:
                 warnings.warn(f"k-means: only {k - len(empty)} distinct rows (to six digits) for {k} clusters")
                 break
@@ -773,19 +833,19 @@ def concentration(distance, counts, temperature):
 
 
 @torch.no_grad()
-def hierarchy_from_centroids(x, raw_centroids, temperature, *, labels=None):
+def hierarchy_from_centroids(x, raw_centroids, temperature, *, labels=None, device=None):
     """x (N, D), L x (K_l, D) centroids as k-means left them -> Hierarchy.
 
     The items of level 0 are the rows of x, those of level l+1 the normalised centroids of level l. Each goes to the
     nearest raw centroid, unless `labels` (a tensor a level) says where. Under a process group x is this rank's share;
     the Hierarchy is that of all rows, on every rank. A centroid at the origin stays 0.
     """
-    prototypes, assign, parent, phi, items = [], [], [], [], x.float()
+    prototypes, assign, parent, phi, items = [], [], [], [], checked(x, "hierarchy")[0]
     for level, raw in enumerate(raw_centroids):
-        raw = raw.to(items)
-        near = nearest_listed(items, raw, near_centroids(items, raw, 4))[0] if labels is None else labels[level]
-        distance = own_distance(items, raw, near).sqrt()[:, None]
-        distance, counts = map(all_reduce_sum, cluster_sums(distance, near, len(raw)))
+        raw = torch.as_tensor(raw).to(device or items.device, torch.float32)
+        listed = near_centroids(items, raw, 4) if labels is None else labels[level][:, None]
+        near, d2 = nearest_listed(items, raw, listed)
+        distance, counts = map(all_reduce_sum, cluster_sums(d2.sqrt()[:, None], near, len(raw)))
         phi.append(concentration(distance[:, 0], counts, temperature))
         near = all_gather_rows(near)
         assign.append(near[assign[-1]] if level else near)
@@ -796,13 +856,13 @@ def hierarchy_from_centroids(x, raw_centroids, temperature, *, labels=None):
 
 
 @torch.no_grad()
-def hierarchical_kmeans(x, clusters, *, temperature, iterations=20, seed=0):
+def hierarchical_kmeans(x, clusters, *, temperature, iterations=20, seed=0, device=None):
     """Unit features x (N, D), clusters (K_0, K_1, ...) fine to coarse -> Hierarchy: k-means of x, then of its
     normalised centroids, and so on. Under a process group x is this rank's share; the Hierarchy is that of all rows.
     """
     raw, labels, items, weight, images = [], [], x, None, None
     for k in clusters:
-        centroids, label = kmeans(items, k, iterations=iterations, seed=seed, start_weight=weight)
+        centroids, label = kmeans(items, k, iterations=iterations, seed=seed, start_weight=weight, device=device)
         raw.append(centroids)
         labels.append(label)
         # An upper level clusters centroids, some of them of few images. Unweighted seeding spends seeds on those
@@ -810,7 +870,7 @@ def hierarchical_kmeans(x, clusters, *, temperature, iterations=20, seed=0):
         # than a random start. The square root does better than a random start at both.
         images = all_reduce_sum(label.bincount(images, minlength=k))[local_rows(k)]
         items, weight = F.normalize(centroids, dim=1)[local_rows(k)], images.sqrt()
-    return hierarchy_from_centroids(x, raw, temperature, labels=labels)
+    return hierarchy_from_centroids(x, raw, temperature, labels=labels, device=device)
 
 
 def clusters_in_use(hierarchy):
@@ -961,30 +1021,51 @@ def largest_products(x, test, k):
     return value, row.gather(1, best)
 
 
+def keep_largest(value, near, score, first):
+    """Merge score (n, C), products with the rows first, first + 1, ..., into the T best so far: value, near (n, T)."""
+    hit = (score.amax(1) > value[:, -1]).nonzero()[:, 0]  # few rows, and fewer as the search goes on
+    best, place = torch.cat([value[hit], score[hit]], dim=1).topk(value.shape[1])
+    before = near[hit].gather(1, place.clamp(max=value.shape[1] - 1))
+    value[hit], near[hit] = best, torch.where(place < value.shape[1], before, place - value.shape[1] + first)
+
+
 @torch.no_grad()
 def nearest_neighbours(x, k):
     """Ids (n, k) int64 of the k other rows with the largest inner product, nearest first: exact, on any device.
 
     x (n, D) of any float type; unit rows make the product a cosine. A row is no neighbour of its own, by its id: its
     exact double is one. Under a process group x holds this rank's rows, any number of them, ids are global, and the
-    rows of all ranks pass by in blocks. float64 puts four candidates more than k in order, equal ones by id.
-    ValueError: k not in 1..N-1, NaN or infinity.
+    rows of all ranks pass by in blocks. Never an (n, N) matrix. float64 puts four candidates more than k in order,
+    equal ones by id. ValueError: k not in 1..N-1, NaN or infinity.
     """
-    total = checked(x, "nearest neighbours")[1]
+    x, total = checked(x, "nearest neighbours")
     if not 1 <= k < total:
         raise ValueError(f"nearest neighbours: k = {k} of {total} rows, but k must be in 1..N-1")
-    x, table = x if x.dtype == torch.float64 else x.float(), []
-    for ids in torch.arange(total, device=x.device).split(max(1, 2**22 // (k * x.shape[1]))):
-        rows = take(x, ids)[0]  # (B, D), the same on every rank
-        near = largest_products(x, rows, min(k + 5, total))[1].sort(dim=1).values  # one of them is the row itself
-        exact = (take(x, near.flatten())[0].view(*near.shape, -1).double() @ rows.double()[:, :, None])[:, :, 0]
-        exact[near == ids[:, None]] = -math.inf
-        table.append(near.gather(1, exact.argsort(dim=1, descending=True, stable=True)[:, :k]))
-    return torch.cat(table)[rows_before(x):][:len(x)]
+    x = x if x.dtype == torch.float64 else x.float()
+    start, top, side = rows_before(x), min(k + 4, total - 1), 8192 if x.is_cuda else 1024
+    value, near = x.new_full((len(x), top), -math.inf), torch.zeros(len(x), top, dtype=torch.long, device=x.device)
+    own = [[a, min(a + side, start + len(x))] for a in range(start, start + len(x), side)]  # blocks of this rank's rows
+    for a, b in all_gather_rows(torch.tensor(own, dtype=torch.long).view(-1, 2)).tolist():
+        block = take(x, torch.arange(a, b, device=x.device))[0]  # the same on every rank
+        for c, d in own:
+            if [a, b] in own and a < c:
+                continue  # these two met already: a product serves the rows of both
+            score = x[c - start:d - start] @ block.T
+            if a == c:
+                score.fill_diagonal_(-math.inf)
+            elif [a, b] in own:
+                keep_largest(value[a - start:b - start], near[a - start:b - start], score.T, c)
+            keep_largest(value[c - start:d - start], near[c - start:d - start], score, a)
+    table = []
+    for ids in torch.arange(total, device=x.device).split(max(1, 2**22 // (top * x.shape[1]))):
+        found, rows = take(near, ids)[0].sort(dim=1).values, take(x, ids)[0].double()
+        exact = (take(x, found.flatten())[0].view(*found.shape, -1).double() @ rows[:, :, None])[:, :, 0]
+        table.append(found.gather(1, exact.argsort(dim=1, descending=True, stable=True)[:, :k]))
+    return torch.cat(table)[start:start + len(x)]
 
 
 def same_label(labels, neighbours):
-    """Percent of the neighbours (N, k) that carry their row's label, a label depth; labels (N, depth), -1: unknown.
+    """Percent of the neighbours (N, k) with their row's label, a label depth; labels (N, depth), -1: unknown, or None.
 
     None without labels or neighbours.
     """
@@ -1001,17 +1082,15 @@ def knn_votes(sim, labels, classes, temperature=0.07):
 
     Where that would overflow, every vote of the row is smaller by one factor: finite at any temperature.
     """
-    top = sim.amax(dim=1, keepdim=True)
-    vote = ((sim - top) / temperature).exp() * (top / temperature).clamp(max=80).exp()  # (B, k)
-    return sim.new_zeros(len(sim), classes).scatter_add_(1, labels, vote)
+    sim = sim - (sim.amax(1, keepdim=True) - 60 * temperature).clamp(min=0)
+    return sim.new_zeros(len(sim), classes).scatter_add_(1, labels, (sim / temperature).exp())
 
 
 def knn_classify(train_x, train_y, test_x, classes, *, k=20, temperature=0.07):
     """Weighted k-nearest-neighbour classifier: votes (B, classes); their arg max is the prediction.
 
-    train_x (N, F) and test_x (B, F) features of any length (normalised here), train_y (N,) int64.
-    The k most similar training rows vote exp(cosine / temperature) (Wu et al. 2018, 1805.01978).
-    Raises ValueError when k is not in 1..N.
+    train_x (N, F) and test_x (B, F) features of any length (normalised here), train_y (N,) int64. The k most similar
+    training rows vote exp(cosine / temperature) (Wu et al. 2018, 1805.01978). Raises ValueError when k is not in 1..N.
     """
     if not 1 <= k <= len(train_x):
         raise ValueError(f"k = {k} neighbours of {len(train_x)} training rows: k must be in 1..N")
@@ -1021,7 +1100,7 @@ def knn_classify(train_x, train_y, test_x, classes, *, k=20, temperature=0.07):
 
 @torch.no_grad()
 def knn_accuracy(train, test, features, *, k=20, temperature=0.07):
-    """Accuracy in percent per label level, coarse to fine; `features(images)` -> this rank's rows.
+    """Accuracy in percent per label depth, coarse to fine; `features(images)` -> this rank's rows.
 
     Without a test split every tenth training picture is the test. None when there are no labels.
     """
@@ -1037,14 +1116,15 @@ def knn_accuracy(train, test, features, *, k=20, temperature=0.07):
     use &= y[:, 0] >= 0  # STL-10: most pictures carry no label
     sim, row = largest_products(x[use[own].to(x.device)], test_x, min(k, int(use.sum())))
     y, row = y[use], row.cpu()
-    return [round(100 * (knn_votes(sim.cpu(), y[row, level], len(names), temperature).argmax(1)
-                         == test_y[:, level]).double().mean().item(), 2)
-            for level, names in enumerate(train.class_names)]
+    return [round(100 * (knn_votes(sim.cpu(), y[row, depth], len(names), temperature).argmax(1)
+                         == test_y[:, depth]).double().mean().item(), 2)
+            for depth, names in enumerate(train.class_names)]
 
 
 def knn_of_pixels(train, test, size, device):
-    """kNN accuracy of the pictures themselves; None where that would take minutes on this device."""
-    if train.pixels is None or (torch.device(device).type == "cpu" and len(train) * size**2 > 2e7):
+    """kNN accuracy of the pictures themselves; None where that would take minutes, or on a GPU several GiB."""
+    most = 2e7 if torch.device(device).type == "cpu" else 2e8
+    if train.pixels is None or len(train) * size**2 > most:
         return None
     return knn_accuracy(train, test, lambda images: extract_features(nn.Flatten(), images, size, device=device))
 

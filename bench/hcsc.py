@@ -91,7 +91,7 @@ def training_step(args):
     model = hcsc.MoCo(hcsc.Encoder("resnet18", "3x3", "mlp-bn", args.dim), args.dim, args.queue)
     model.to(args.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), 0.01, momentum=0.9)
-    views = [common.channels_last(torch.randn(args.batch, 3, 32, 32)).to(args.device) for _ in range(2)]
+    views = [common.normalize_pixels(torch.rand(args.batch, 3, 32, 32)).to(args.device) for _ in range(2)]
 
     def step():
         q = F.normalize(model.encoder_q(views[0]), dim=1)

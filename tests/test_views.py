@@ -1,23 +1,15 @@
-"""Augmentation against torchvision, one image at a time; the embedded data set's promises."""
+"""Views against torchvision, one picture and one operation at a time; the embedded data set's promises."""
 
 import pytest
 import torch
+from torch.testing import assert_close
 from torchvision.transforms import functional as TF
 
-from common import (
-    TEXTURE_NAMES,
-    Augmentation,
-    blend,
-    crop_boxes,
-    draw_view,
-    normalize_pixels,
-    render_view,
-    textures,
-)
+import common
+from common import Augmentation, crop_boxes, draw_view, normalize_pixels, render_view
+from textures import TEXTURE_NAMES, textures
 
-close = dict(rtol=1e-5, atol=1e-5)
-
-
+close = dict(rtol=1e-5, atol=1e-5)  # float32 pixels in [0, 1]
 N = 6
 
 
@@ -117,12 +109,12 @@ def test_views_do_not_depend_on_the_rest_of_the_batch():
     whole = render_view(images, draws, EVERYTHING)
     order = torch.randperm(32, generator=generator(2))
     permuted = render_view(images[order], {k: v[order] for k, v in draws.items()}, EVERYTHING)
-    torch.testing.assert_close(permuted, whole[order], **close)
+    assert_close(permuted, whole[order], **close)
     ranks = [
         render_view(images[s], {k: v[s] for k, v in draws.items()}, EVERYTHING)
         for s in (slice(0, 11), slice(11, 32))
     ]
-    torch.testing.assert_close(torch.cat(ranks), whole, **close)
+    assert_close(torch.cat(ranks), whole, **close)
 
 
 def test_draws_repeat_with_the_seed_and_differ_without():
@@ -154,7 +146,7 @@ def test_nothing_switched_on_is_a_plain_resize():
     plain = Augmentation(24, (1.0, 1.0), (1.0, 1.0), flip=0, jitter_p=0, gray_p=0)
     draws = draw_view(4, plain, generator())
     assert set(draws) == {"crop"}
-    torch.testing.assert_close(
+    assert_close(
         render_view(images, draws, plain), normalize_pixels(images.float() / 255), **close
     )
 
@@ -164,7 +156,7 @@ def test_images_cropped_elsewhere_skip_the_crop():
     draws = {
         "flip": torch.ones(4, dtype=torch.bool)
     }  # what is left of draw_view when a worker crops
-    torch.testing.assert_close(
+    assert_close(
         render_view(images, draws, EVERYTHING), normalize_pixels(images.flip(3).float() / 255), **close
     )
     with pytest.raises(ValueError, match="without crops"):
@@ -179,12 +171,44 @@ def test_blur_that_is_drawn_for_no_sample_changes_nothing():
     assert torch.equal(render_view(images, draws, view), render_view(images, without, view))
 
 
-def test_blend_keeps_the_images_at_factor_one():
+# ---- each operation equals torchvision's
+
+
+def test_colour_operations_equal_torchvision():
+    images, factors = rand_images(), [0.0, 0.4, 0.9, 1.0, 1.4, 2.0]
+    for name, values in (("brightness", factors), ("contrast", factors), ("saturation", factors),
+                         ("hue", [-0.5, -0.13, 0.0, 0.05, 0.3, 0.5])):
+        want = torch.stack([getattr(TF, f"adjust_{name}")(image, value) for image, value in zip(images, values)])
+        assert_close(common.JITTER[name](images, torch.tensor(values)), want, **close)
+
+
+def test_solarize_equals_torchvision():
+    images = (rand_images(N, 24, 24) * 255).byte()
+    view = Augmentation(24, (1.0, 1.0), (1.0, 1.0))
+    values = [0.0, 0.25, 0.5, 0.75, 1.0]
+    want = torch.stack([*(TF.solarize(x / 255, v) for x, v in zip(images, values)), images[5] / 255])
+    values = torch.tensor([*values, 2.0])  # 2: not at all
+    assert_close(render_view(images, {"solarize": values}, view), normalize_pixels(want), **close)
+
+
+def test_gaussian_blur_equals_torchvision():
+    images, sigma = rand_images(), [0.1, 0.5, 1.0, 1.5, 2.0, 5.0]
+    for taps in (3, 7):
+        want = torch.stack([TF.gaussian_blur(x, [taps, taps], [s, s]) for x, s in zip(images, sigma)])
+        assert_close(common.gaussian_blur(images, torch.tensor(sigma), taps), want, **close)
+
+
+def test_resized_crop_equals_torchvision():
     images = rand_images()
-    torch.testing.assert_close(blend(images, torch.zeros_like(images), torch.ones(N)), images)
+    boxes = [[0, 0, 20, 28], [3, 5, 7, 13], [19, 27, 1, 1], [0, 9, 20, 3], [6, 0, 13, 28], [2, 2, 16, 16]]
+    for size in (5, 16, 33):  # smaller and larger than the boxes
+        want = torch.stack([TF.resized_crop(x, *box, [size, size], antialias=True) for x, box in zip(images, boxes)])
+        assert_close(common.resized_crop(images, torch.tensor(boxes), size), want, **close)
 
 
-# ---- textures ------------------------------------------------------------------------------------
+# ---- textures
+
+
 def test_textures_are_balanced_nested_and_repeatable():
     images, labels = textures(4, seed=0)
     assert images.shape == (108, 3, 32, 32) and images.dtype == torch.uint8
