@@ -144,14 +144,11 @@ class Images:
         return len(self.names)
 
     def fingerprint(self):
-        """A short hash of the pictures and their order, test split and all, so that a run is not resumed on others.
-
-        Of pictures in memory every pixel counts; of files that are decoded on demand, size and time of change.
-        """
+        """A short hash of the pictures, test split and all, and their order, so that a run is not resumed on others."""
         digest = hashlib.blake2b(digest_size=6)
         for images in (self, self.test) if self.test else (self,):
             digest.update(repr(images.names).encode())
-            digest.update(images.pixels.cpu().numpy() if images.pixels is not None else
+            digest.update(images.pixels.cpu().numpy() if images.pixels is not None else  # size and time of change:
                           repr([(s.st_size, s.st_mtime_ns) for s in map(os.stat, images.paths)]).encode())
         return digest.hexdigest()
 
@@ -207,8 +204,7 @@ def load_data(data, data_root="data", device="cpu"):
     """`textures`, `cifar10`, `cifar100`, `stl10` or a folder -> (train, test) Images; test may be None.
 
     Pictures that fit are one tensor on the device. A folder holds `train/` and `val/` (or `test/`), or just pictures;
-    torchvision's sets are downloaded to `data_root` on first use. Raises Stop with what to do when there is nothing
-    to read.
+    torchvision's sets are downloaded to `data_root` on first use. Raises Stop when there is nothing to read.
     """
     test = None
     if data == "textures":
@@ -220,13 +216,12 @@ def load_data(data, data_root="data", device="cpu"):
         what = "is a file, not a folder" if os.path.exists(data) else "does not exist, or may not be read"
         raise Stop(f"--data {data} {what}: give textures, cifar10, cifar100, stl10 or a folder of pictures")
     else:
-        parts = [Path(data, name) for name in ("train", "val", "test") if os.path.isdir(Path(data, name))]
-        split = len(parts) > 0 and parts[0].name == "train"
-        train = folder(parts[0] if split else Path(data))
-        test = folder(parts[1], train.class_names) if split and len(parts) > 1 else None
-    for images in (train, test):
-        if images is not None and images.pixels is not None:
-            images.pixels = images.pixels.to(device)
+        parts = [name for name in ("train", "val", "test") if os.path.isdir(Path(data, name))]
+        parts = parts if "train" in parts else [""]  # or the folder itself
+        train = folder(Path(data, parts[0]))
+        test = folder(Path(data, parts[1]), train.class_names) if len(parts) > 1 else None
+    for images in filter(None, (train, test)):
+        images.pixels = images.pixels if images.pixels is None else images.pixels.to(device)
     train.test = test
     return train, test
 
@@ -335,7 +330,7 @@ def centre_box(height, width, size):
 def decoded(images, requests, augmentations, workers):
     """Yield (index (b,), [crops (b, 3, S, S) uint8 a view]) for each batch of `requests`, decoded by worker processes.
 
-    Raises Stop when one of them ends: killed, or out of shared memory.
+    Raises Stop when one of them ends: killed, or out of memory. At the end all ranks agree on what cannot be read.
     """
     loader = torch.utils.data.DataLoader(Crops(images, augmentations), batch_sampler=requests, num_workers=workers)
     mask = getattr(signal, "pthread_sigmask", lambda how, signals: None)  # Windows has none
@@ -346,6 +341,7 @@ def decoded(images, requests, augmentations, workers):
         for wanted, index, reasons, crops in batches:
             images.replace({i: (j, why) for i, j, why in zip(wanted.tolist(), index.tolist(), reasons) if why})
             yield index, crops
+        images.agree()
     except Stop as stop:  # a worker's has its traceback before the sentence
         raise Stop(str(stop).split("common.Stop: ")[-1].strip()) from stop
     except (OSError, RuntimeError) as error:
@@ -374,12 +370,12 @@ def batches(images, batch_size, augmentations, *, seed, epoch, start=0, device="
         return [(int(i), [draws["crop"][b] for _, _, draws in planned[first:first + views]])
                 for first in range(0, len(planned), views) for b, i in enumerate(planned[first][0])]
 
-    on_demand = images.pixels is None and decoded(images, map(request, steps), augmentations, workers)
-    for step in steps:
+    on_demand = images.pixels is None
+    source = decoded(images, map(request, steps), augmentations, workers) if on_demand else itertools.repeat([None] * 2)
+    for (index, crops), step in zip(source, steps):  # in this order: `decoded` is run to its end
         planned = plan(step)
         if on_demand:
-            index, crops = next(on_demand)
-            crops = [crop for source in zip(*(c.split(len(planned[0][0])) for c in crops)) for crop in source]
+            crops = [crop for own in zip(*(c.split(len(planned[0][0])) for c in crops)) for crop in own]
             for _, _, draws in planned:
                 del draws["crop"]  # done
         else:
@@ -387,8 +383,6 @@ def batches(images, batch_size, augmentations, *, seed, epoch, start=0, device="
             crops = [images.pixels[ids.to(images.pixels.device, non_blocking=True)] for ids, _, _ in planned]
         yield step, index[:len(planned[0][0])].to(device, non_blocking=True), [
             render_view(crop.to(device), draws, view) for crop, (_, view, draws) in zip(crops, planned)]
-    if on_demand:
-        images.agree()
 
 
 @torch.no_grad()
@@ -416,8 +410,6 @@ def extract_features(network, images, size, *, device="cpu", workers=0, batch_si
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
             features.append(network(normalize_pixels(batch)).float())
     network.train(training)
-    if images.pixels is None:
-        images.agree()
     features = torch.cat(features)[:len(own)]
     if not features.isfinite().all():
         raise FloatingPointError("features are not finite")
@@ -425,13 +417,12 @@ def extract_features(network, images, size, *, device="cpu", workers=0, batch_si
 
 
 # ---- views: every view is made on the device
-# A view is made in two steps. `draw_view` draws every random number on the CPU, for the global batch: a dict of tensors
-# whose first dimension is the sample, so that a rank (or a worker) keeps its rows with {key: value[lo:hi]}.
-# `render_view` turns uint8 images and these numbers into a normalised batch on the images' device; it draws nothing
-# and reads no value back from the device.
+# `draw_view` draws every random number on the CPU, for the global batch: a dict of tensors whose first dimension is the
+# sample, so that a rank (or a worker) keeps its rows with {key: value[lo:hi]}. `render_view` turns uint8 images and
+# these numbers into a normalised batch on the images' device; it draws nothing, and nothing waits for the device.
 
-# One mean and one std for every data set and channel: nothing to measure or to keep with a checkpoint, gray stays
-# gray, and the BatchNorm after the first convolution absorbs what is left.
+# One mean and one std for every data set and channel: nothing to measure or to keep with a checkpoint, gray stays gray,
+# and the BatchNorm after the first convolution absorbs what is left.
 PIXEL_MEAN, PIXEL_STD = 0.5, 0.25
 
 
@@ -651,8 +642,7 @@ def near_centroids(x, centroids, top=1, half=False):
     step = max((2**27 if c.is_cuda else 2**19) // len(ids), min(1024, 2**27 // len(ids)), 1)
     scores, found = c.new_empty(min(step, len(x)), len(ids)), []  # the memory of every chunk
     for y in x.split(step):
-        y = y.to(mean)
-        y = ((y - mean) * scale).half() if half else y
+        y = ((y.to(mean) - mean) * scale).half() if half else y.to(mean)
         score = torch.addmm(bias, y, c, out=scores[:len(y)]).view(-1, strips, width)
         best = score.amax(1) if strips > 1 else score[:, 0]  # (n, W)
         block = [best.max(1, keepdim=True).indices]  # the lowest of equal ones, which topk does not promise
@@ -706,11 +696,10 @@ def take(x, ids):
     """Global ids (M,) -> their rows (M, D) on every rank; which of the M are this rank's, and their places in x."""
     place = ids - rows_before(x)
     own = ((place >= 0) & (place < len(x))).nonzero()[:, 0]
-    place = place[own]
-    rows = x[place.to(x.device)].to(ids.device)
+    rows = x[place[own].to(x.device)].to(ids.device)
     if processes() > 1:
         rows = all_reduce_sum(rows.new_zeros(len(ids), x.shape[1]).index_copy_(0, own, rows))
-    return rows, own, place
+    return rows, own, place[own]
 
 
 def checked(x, task):
@@ -803,8 +792,7 @@ def kmeans(x, k, *, iterations=20, seed=0, init=None, start_weight=None, exact=F
         if not last:
             centroids = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centroids)
         if len(empty):  # put them on rows drawn by squared distance
-            far = all_gather_rows(nearest_listed(x, centroids, label[:, None])[1])
-            ids = draw(far, len(empty), generator)
+            ids = draw(all_gather_rows(nearest_listed(x, centroids, label[:, None])[1]), len(empty), generator)
             if last and len(ids) == 0:
                 warnings.warn(f"k-means: only {k - len(empty)} distinct rows (to six digits) for {k} clusters")
                 break
