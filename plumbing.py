@@ -379,8 +379,9 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * count / (count - 1), self.momentum)
-        scale = (var + self.eps).rsqrt() * self.weight
-        return (centred * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
+        scale = (var + self.eps).rsqrt() * (self.weight if self.affine else 1)
+        y = centred * scale.view(shape)
+        return (y + self.bias.view(shape) if self.affine else y).to(x.dtype)
 
 
 def sync_batch_norm(module):

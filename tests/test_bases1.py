@@ -15,7 +15,6 @@ import socket
 from pathlib import Path
 
 import numpy as np
-import test_methods
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -30,7 +29,6 @@ import hirl_simsiam
 HERE = Path(__file__).resolve().parent
 EXACT = dict(rtol=1e-9, atol=1e-9)  # float64 against golden numbers and loops
 RELEASED_SINGLE = dict(rtol=3e-6, atol=0)  # values that the release accumulates in float32
-pictures = test_methods.pictures  # the fixture: a folder of pictures
 V, B, D = 3, 5, 7  # views, batch, embedding: all different, so that no transpose goes unnoticed
 
 

@@ -165,7 +165,7 @@ def test_collectives_of_one_process_do_nothing():
 def norm_network():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5),
-                         nn.BatchNorm1d(5, momentum=0.3)).double()
+                         nn.BatchNorm1d(5, momentum=0.3), nn.Linear(5, 4), nn.BatchNorm1d(4, affine=False)).double()
 
 
 def train_norm_network():
