@@ -40,8 +40,10 @@ OWN = {  # small numbers for the arguments that a script has for itself
                  "--negative-paths 20 --optimizer sgd --base-lr 0.005",  # AdamW magnifies rounding
     "hirl_ibot": "--clusters 12 4 2 --hidden 32 --dim 32 --prototypes 24 --local-crops 2 --local-size 8 "
                  "--negative-paths 20 --arch vit-4-32-2 --drop-path 0.2",
-    "hirl_simsiam": "--clusters 12 4 2 --negative-paths 20 --dim 32 --projector-width 32 --predictor-width 8",
-    "hirl_mocov3": "--clusters 12 4 2 --negative-paths 20 --dim 32 --head-width 32 --optimizer sgd --temperature 1",
+    "hirl_simsiam": "--clusters 12 4 2 --negative-paths 20 --dim 32 --projector-width 32 --predictor-width 8 "
+                    "--base-lr 0.005",
+    "hirl_mocov3": "--clusters 12 4 2 --negative-paths 20 --dim 32 --head-width 32 --optimizer sgd --temperature 1 "
+                   "--base-lr 0.005",
 }
 PLAIN = {"csml": "--neighbours 0 --clusters 0"}  # how a script is told to leave out its hierarchy; else --clusters 0
 TIMINGS = ("images_per_s", "data_wait", "peak_memory_gib")  # what may differ between equal runs

@@ -45,10 +45,10 @@ def test_torchrun_reproduces_one_process(whole, pictures, tmp_path):
     one, two = log(undisturbed), log(tmp_path / "run")
     assert two[0]["knn"] == one[0]["knn"] and len(two) == len(one)
     for name, value in losses(one[1]).items():
-        assert_close(two[1][name], value, rtol=1e-5, atol=0)
+        assert_close(two[1][name], value, rtol=1e-5, atol=1e-5 if name == "simsiam" else 0)  # a cosine, near 0
     for one_row, two_row in zip(one[1:], two[1:]):
-        for name, value in losses(one_row).items():
-            assert_close(two_row[name], value, rtol=0.05, atol=0)  # rounding grows from step to step
+        for name, value in losses(one_row).items():  # rounding grows from step to step
+            assert_close(two_row[name], value, rtol=0.05, atol=0.01 if name == "simsiam" else 0)
         assert_close(two_row["knn"], one_row["knn"], rtol=0, atol=15.0)
     assert (tmp_path / "run/tree.png").exists()
     assert len((tmp_path / "run/clusters.csv").read_text().splitlines()) == IMAGES + 1
@@ -63,7 +63,7 @@ def test_two_processes_reproduce_the_hierarchy_losses(script, pictures, tmp_path
     one, two = log(tmp_path / "one")[-1], log(tmp_path / "two")[-1]
     assert losses(one).keys() == losses(two).keys() and one["clusters_in_use"] == two["clusters_in_use"]
     for name, value in losses(one).items():
-        assert_close(two[name], value, rtol=1e-5, atol=0)
+        assert_close(two[name], value, rtol=1e-5, atol=1e-5 if name == "simsiam" else 0)  # a cosine, near 0
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -165,7 +165,7 @@ def test_collectives_of_one_process_do_nothing():
 def norm_network():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5),
-                         nn.BatchNorm1d(5, momentum=0.3), nn.Linear(5, 4), nn.BatchNorm1d(4, affine=False)).double()
+                         nn.BatchNorm1d(5, momentum=0.3), nn.Linear(5, 5), nn.BatchNorm1d(5, affine=False)).double()
 
 
 def train_norm_network():
