@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from test_golden import fixture_tree, golden
-from test_methods import STEPS, path_term, pictures, run, saved  # noqa: F401 (a fixture)
+from test_methods import STEPS, path_term, run, saved
 from test_ranks import in_ranks
 from torch.testing import assert_close
 
@@ -749,7 +749,8 @@ def test_centres_of_three_processes_are_those_of_one(tmp_path):
 
 WORDS = ("--arch vit-4-32-2 --hidden 24 --dim 16 --prototypes 20 --local-crops 2 --local-size 8 --drop-path 0.3 "
          "--freeze-last-layer 1 --negative-paths 20 --clip-grad 0.05 --lr-warmup 0.2 --temperature-warmup 1 "
-         "--weight-decay 0.1 --final-weight-decay 0.3 --base-lr 0.05 --ema-momentum 0.7 --init-std 0.1").split()
+         "--weight-decay 0.1 --final-weight-decay 0.3 --base-lr 0.05 --ema-momentum 0.7 --init-std 0.1 "
+         "--optimizer adamw").split()
 
 
 def slow_drop_path(vit, x, factors, masks=None, token=None):
@@ -767,7 +768,7 @@ def slow_drop_path(vit, x, factors, masks=None, token=None):
 
 @BOTH
 @pytest.mark.parametrize("centering", ("mean", "sinkhorn"))
-def test_the_loop_reads_as_the_papers_say(script, centering, tmp_path, pictures):  # noqa: F811
+def test_the_loop_reads_as_the_papers_say(script, centering, tmp_path, pictures):
     """Two epochs once more: teacher on whole global crops, old centres, one clip a tensor, frozen prototypes in the
     first epoch, decay of matrices alone, the teacher after the step, tree of the teacher's features."""
     ibot = script is hirl_ibot
@@ -849,7 +850,7 @@ def test_the_loop_reads_as_the_papers_say(script, centering, tmp_path, pictures)
         assert_close(exported[name], p.detach(), rtol=0, atol=2e-3)
 
 
-def test_ibot_needs_patches(tmp_path, pictures):  # noqa: F811
+def test_ibot_needs_patches(tmp_path, pictures):
     with pytest.raises(common.Stop, match="no patches to mask"):
         run(hirl_ibot, tmp_path / "run", pictures, "--arch", "tiny")
     assert not (tmp_path / "run").exists()

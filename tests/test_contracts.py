@@ -66,7 +66,7 @@ def test_every_script_has_every_shared_block():
 def test_sizes():
     """Lines of a file; of a script's main and of the loop over its batches."""
     most = {"textures.py": 140, "common.py": 1240, "test_losses.py": 900, "eval_linear.py": 600,
-            "hirl_moco.py": 290, "hirl_simclr.py": 290, "hcsc.py": 345, "csml.py": 380, "hirl_swav.py": 380,
+            "hirl_moco.py": 290, "hirl_simclr.py": 290, "hcsc.py": 340, "csml.py": 380, "hirl_swav.py": 380,
             "hirl_ibot.py": 440}
     for path in [*HOUSE, *SCRIPTS, ROOT / "test_losses.py"]:
         lines = len(path.read_text().splitlines())
@@ -74,7 +74,8 @@ def test_sizes():
     for path in METHODS:
         main, = (node for node in tree_of(path).body if getattr(node, "name", "") == "main")
         inner, = (node for node in ast.walk(main) if isinstance(node, ast.For) and "timed" in ast.unparse(node.iter))
-        for what, node, limit in (("main", main, 130), ("the loop over batches", inner, 60)):
+        longer = {"hirl_dino.py": 10, "hirl_ibot.py": 15}.get(path.name, 0)  # two networks, two kinds of output
+        for what, node, limit in (("main", main, 120 + longer), ("the loop over batches", inner, 40 + longer)):
             lines = node.end_lineno - node.lineno + 1
             assert lines <= limit, f"{path.name}: {what} has {lines} lines"
 

@@ -4,7 +4,6 @@ The loops run on a few tiny pictures, here in this process: torch is imported on
 scripts as a user does.
 """
 
-import json
 import math
 import signal
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from conftest import EPOCHS, IMAGES, STEPS, TIMINGS, arguments, load, log
 from test_golden import gradients
 from torch.testing import assert_close
 
@@ -41,9 +40,6 @@ from test_losses import (
     slow_prototype_loss,
     unit,
 )
-
-torch.set_num_threads(1)  # small sums: more threads than one only wait for each other
-
 
 # ---- MoCo: the slow encoder and the queue
 
@@ -322,56 +318,21 @@ def test_cutmix_box_can_be_lifted():
 # it: the queue of before the step, the key encoder moved before it encodes, the tree from features in evaluation
 # mode, draws by seed, epoch and step, the schedule, one step on the sum of the terms.
 
-IMAGES, BATCH, STEPS, EPOCHS = 96, 16, 6, 3  # 6 steps an epoch; the hierarchy joins after the first epoch
-TINY = (f"--arch tiny --image-size 16 --epochs {EPOCHS} --batch-size {BATCH} --warmup-epochs 1 --device cpu "
-        "--workers 0 --base-lr 0.02 --clusters 12 4 2")
-OWN = {  # small numbers for the arguments that a script has for itself
-    "hirl_moco": "--queue-size 32 --negative-paths 20",
-    "hcsc": "--queue-size 32",
-    "hirl_simclr": "--negative-paths 20",
-    "csml": "--queue-size 32 --neighbours 4 --refresh-every 2",
-    "hirl_swav": "--queue-size 32 --queue-epoch 0 --negative-paths 20 --prototypes 24 --freeze-prototypes 3 "
-                 "--local-crops 2 --local-size 8 --lr-warmup 0.2 --epsilon 0.05",
-    "hirl_simsiam": "--negative-paths 20",
-    "hirl_mocov3": "--negative-paths 20",
-    "hirl_dino": "",
-    "hirl_ibot": "",
-}
-TIMINGS = ("images_per_s", "data_wait", "peak_memory_gib")  # what may differ between equal runs
-
-
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
-    """96 striped pictures of 16 px in six classes of two superclasses, and 30 to test on."""
-    root, generator = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    for i in range(IMAGES + 30):
-        kind = i % 6  # width and direction of the stripes
-        folder = root / ("train" if i < IMAGES else "val") / ("across", "down")[kind // 3] / str(kind)
-        folder.mkdir(parents=True, exist_ok=True)
-        stripes = (np.arange(16) + generator.integers(16)) // (1 + kind % 3) % 2 == 1
-        mask = np.broadcast_to(stripes if kind < 3 else stripes[:, None], (16, 16))[..., None]
-        ink, paper = generator.integers(0, 256, (2, 3))
-        Image.fromarray(np.where(mask, ink, paper).astype(np.uint8)).save(folder / f"{i:03d}.png")
-    return root
-
 
 def run(script, folder, pictures, *switches, **other):
     """A tiny run of a script (a module) in `folder` -> its args, its rows of the log; other: epochs=2 replaces 3."""
-    argv = f"--data {pictures} --out {folder} {TINY} {OWN[script.__name__]}".split()
-    for name, value in other.items():
-        argv += ["--" + name.replace("_", "-"), *str(value).split()]  # of a flag given twice the later one counts
-    args = script.parse_args([*argv, *switches])
+    args = script.parse_args([*arguments(script.__name__, pictures, folder, **other), *switches])
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         script.main(args)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    return args, [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return args, log(folder)
 
 
 def saved(folder, name="checkpoint.pt"):
-    return torch.load(folder / name, weights_only=True)
+    return load(folder / name)
 
 
 def two_epochs_of_moco(script, args, rows, levels, loss_terms):
@@ -494,7 +455,8 @@ def test_the_loop_of_csml_reads_as_the_paper_says(tmp_path, pictures):
     Neighbours of the key trunk's features; queries of the image, the neighbour, the image with a box of the neighbour
     in it; the warm-up's weights; the image's key alone in a queue for each layer.
     """
-    args, rows = run(csml, tmp_path / "run", pictures, level_weights="0 0 0.5 1", neighbour_weight=0.4)
+    args, rows = run(csml, tmp_path / "run", pictures, level_weights="0 0 0.5 1", neighbour_weight=0.4,
+                     base_lr=0.02)
     train, _ = common.load_data(args.data)
     torch.manual_seed(0)
     encoder = csml.Encoder("tiny", args.stem, args.projector, 128)
@@ -607,19 +569,19 @@ def test_the_loop_of_swav_reads_as_the_papers_say(tmp_path, pictures):
 def plain_moco(pictures, tmp_path_factory):
     """hirl_moco.py --clusters 0, three epochs: its folder, its log without what a clock says."""
     folder = tmp_path_factory.mktemp("plain") / "run"
-    return folder, timeless(run(hirl_moco, folder, pictures, clusters=0)[1])
+    return folder, timeless(run(hirl_moco, folder, pictures, plain=True)[1])
 
 
 def timeless(rows):
     return [{name: value for name, value in row.items() if name not in TIMINGS} for row in rows]
 
 
-@pytest.mark.parametrize("script, off", ((hcsc, dict(clusters=0)), (csml, dict(neighbours=0, clusters=0))))
+@pytest.mark.parametrize("script, off", ((hcsc, {}), (csml, dict(base_lr=0.02))))
 def test_without_its_hierarchy_a_script_on_mocos_blocks_is_moco_to_the_last_bit(script, off, plain_moco, pictures,
                                                                                tmp_path):
     """The same rows of the log, backbone and queue, with equal settings."""
     folder, rows = plain_moco
-    its = timeless(run(script, tmp_path / "run", pictures, **off)[1])
+    its = timeless(run(script, tmp_path / "run", pictures, plain=True, **off)[1])
     assert len(rows) == len(its) == EPOCHS + 1 and all(row["moco"] > 0 for row in rows[1:])
     for row, expected in zip(its, rows):
         assert all(row[name] == value for name, value in expected.items() if value is not None)
