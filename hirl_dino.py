@@ -30,6 +30,7 @@ the tree's), local crops; cross entropy and a centre instead of InfoNCE and a qu
 Differs from paper (P), DINO's code (D), HIRL's release (H); who does as this script, what the others do
   D1 PDH  the loss uses the old centre, which then moves by the raw logits of both global crops
   D2 D    the teacher moves after the step; H before the forward pass, one update ahead
+  H6 D    schedules are read at their step; H rounds down, 7 % of the steps get the value before
   D3 D    gradients are clipped tensor by tensor; H all together, D4 a frozen last layer included
   D5 DH   positions, class token, last layer decay: all but vectors
   D6 D    the teacher starts as a copy; H its head as another random network
@@ -63,11 +64,11 @@ VIT = dict(stem="7x7", projector="mlp", hidden=2048, dim=256, optimizer="adamw",
 SMALL = dict(VIT, local_crops=4, epochs=200, batch_size=256, base_lr=5e-4, final_lr=1e-6, lr_warmup=0.05, clip_grad=3.0,
              freeze_last_layer=1, clusters=[1000, 200, 40], warmup_epochs=20, negative_paths=500)
 PRESETS = {
-    "textures": dict(arch="tiny", stem="3x3s2", projector="mlp-bn", hidden=256, dim=128, init_std=0.0, prototypes=512,
-                     image_size=32, local_crops=0, local_size=16, epochs=16, batch_size=64, optimizer="sgd",
+    "textures": dict(arch="tiny", stem="3x3s2", projector="mlp-bn", hidden=256, dim=128, init_std=0.02, prototypes=512,
+                     image_size=32, local_crops=0, local_size=16, epochs=14, batch_size=64, optimizer="sgd",
                      base_lr=0.6, final_lr=0.0, lr_warmup=0.0, weight_decay=5e-4, final_weight_decay=5e-4,
                      clip_grad=0.0, drop_path=0.0, freeze_last_layer=0, centering="sinkhorn",
-                     teacher_temperature=[0.03, 0.03], ema_momentum=0.8, clusters=[108, 27, 9], warmup_epochs=8,
+                     teacher_temperature=[0.03, 0.03], ema_momentum=0.8, clusters=[108, 27, 9], warmup_epochs=7,
                      negative_paths=100),
     "cifar": dict(SMALL, arch="vit-4-192-9", stem="3x3", init_std=0.0, prototypes=4096, image_size=32, local_size=16),
     "photos": dict(SMALL, arch="vit-8-384-12", prototypes=8192, image_size=96, local_size=48),
