@@ -36,8 +36,6 @@ OWN = {  # small numbers for the arguments that a script has for itself
     "csml": "--clusters 12 4 2 --queue-size 32 --neighbours 4 --refresh-every 2 --base-lr 0.005",
     "hirl_swav": "--clusters 12 4 2 --queue-size 32 --queue-epoch 0 --negative-paths 20 --prototypes 24 "
                  "--freeze-prototypes 3 --local-crops 2 --local-size 8 --lr-warmup 0.2 --epsilon 0.05",
-    "hirl_simsiam": "--clusters 12 4 2 --negative-paths 20",
-    "hirl_mocov3": "--clusters 12 4 2 --negative-paths 20",
     "hirl_dino": "--clusters 12 4 2 --hidden 32 --dim 32 --prototypes 24 --local-crops 2 --local-size 8 "
                  "--negative-paths 20 --optimizer sgd --base-lr 0.005",  # AdamW magnifies rounding
     "hirl_ibot": "--clusters 12 4 2 --hidden 32 --dim 32 --prototypes 24 --local-crops 2 --local-size 8 "

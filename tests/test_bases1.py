@@ -517,7 +517,7 @@ def path_of_two_epochs(train, clustered, epoch):
 def test_the_loop_of_hirl_simsiam_reads_as_described(tmp_path, pictures):
     """Each view its own pass, heads on z of view 0, a predictor whose learning rate stays, blocks that start at 0."""
     widths = "--dim 20 --projector-layers 3 --projector-width 24 --predictor-width 10 --predictor-lr 3".split()
-    args, rows = run(hirl_simsiam, tmp_path / "run", pictures, *widths, "--zero-init", epochs=2)
+    args, rows = run(hirl_simsiam, tmp_path / "run", pictures, *widths, "--zero-init", epochs=2, base_lr=0.02)
     train, _ = common.load_data(args.data)
     torch.manual_seed(0)
     backbone, width = common.backbone("tiny", args.stem)
@@ -557,7 +557,7 @@ def test_the_loop_of_hirl_mocov3_reads_as_described(tmp_path, pictures):
     """Both views as query and key, the key encoder moved in between, two schedules, AdamW, heads of three layers."""
     widths = ("--dim 20 --projector-layers 3 --head-width 24 --head-layers 3 --optimizer adamw --weight-decay 0.1 "
               "--lr-warmup 0.25 --ema-momentum 0.8 --temperature 0.3").split()
-    args, rows = run(hirl_mocov3, tmp_path / "run", pictures, *widths, epochs=2)
+    args, rows = run(hirl_mocov3, tmp_path / "run", pictures, *widths, epochs=2, base_lr=0.02)
     train, _ = common.load_data(args.data)
     torch.manual_seed(0)
     backbone, width = common.backbone("tiny", args.stem)
