@@ -239,7 +239,7 @@ def load_backbone(args):
     network, width = common.backbone(args.arch, stem, args.image_size)
     if path:
         left_out = "; left out: " + (", ".join(fit_backbone(network, tensors, prefix, path)) or "nothing")
-    say(f"{args.arch}, {width} features, {args.image_size} px, {path or 'untrained'} {prefix}{left_out}")
+    say(f"{args.arch}, {width} features, {args.image_size} px, {path or 'untrained'}{prefix and ', ' + prefix[:-1]}{left_out}")
     return network.eval().requires_grad_(False)
 
 
