@@ -16,7 +16,9 @@
 CPU demo, under 3 minutes   python hirl_mocov3.py
 the same without hierarchy  python hirl_mocov3.py --clusters 0
 one GPU                     python hirl_mocov3.py --data cifar100 --amp --compile
-paper scale, 8 GPUs         torchrun --nproc-per-node=8 hirl_mocov3.py --data /imagenet --amp
+paper scale, ViT-B/16       torchrun --nproc-per-node=8 hirl_mocov3.py --data /imagenet --amp
+MoCo v3's ResNet-50         ... --arch resnet50 --projector-layers 2 --optimizer lars --base-lr 0.3 --weight-decay 1e-6
+                            --temperature 1 --epochs 300 --lr-warmup 0.033
 
 Symbols  q, k query and key (B, D)     m the key encoder's rate  L levels, 0 the finest      K_l = --clusters
          z level embeddings (B, L, D)  c prototypes[l] (K_l, D)  assign[l] image -> cluster (released
@@ -32,13 +34,18 @@ Differs from paper or released code
   key encoder   moves between queries and keys, as released; in the paper's algorithm after the step: the same
                 sequence, but that m is the later step's and the last move is missing at the end
   loss          2 T in front and a sum of two terms, as released: beside HIRL's path loss each weighs 2 T = 0.4
-  first step    its learning rate is 0, as released; m by cosine, as HIRL (an option in MoCo v3)
-  weight decay  on every trained tensor, batch and layer norms, biases and class token too, as released
+  schedules     the first step's learning rate is 0, as released; m by cosine, as HIRL (an option in MoCo v3)
+  weight decay  with AdamW on every trained tensor, norms, biases and class token too, as released
+  LARS          divides by the norm of gradient and decay together, as MoCo v3's; hirl_simclr.py's is another
   base lr       1.5e-4 with and without hierarchy; HIRL's release compares 1.5e-4 with 1e-4
   level heads   five linear layers at paper scale (--head-layers), as HIRL's MoCo v3 alone; two elsewhere
-  ViT           patch projection frozen, as MoCo v3; HIRL trains it (--no-freeze-patches)
-  local crops   none; HIRL's loss for them weighs each by another power of their number, and is not used
-  small data    textures: ResNet, SGD, a fast key encoder and narrow heads; cifar and photos: LARS
+  ViT           patch projection frozen, as MoCo v3; HIRL trains it, its switch is never on (--no-freeze-patches).
+                Positions row by row on any grid; the releases swap the axes, which a square grid cannot tell.
+                Heads of 64 channels: a ViT-S has 6, as in HIRL; 12 in MoCo v3
+  local crops   none; HIRL's loss for them weighs each by another power of their number, and no run used it
+  phi           --temperature scales it, and HIRL's loss does not read it
+  small data    textures: ResNet, SGD, a fast key encoder, narrow heads and hirl_moco.py's augmentation, alike in
+                both views; cifar and photos: LARS, and milder crops
 """
 
 # ---- [method] import
