@@ -152,6 +152,15 @@ class Images:
                           repr([(s.st_size, s.st_mtime_ns) for s in map(os.stat, images.paths)]).encode())
         return digest.hexdigest()
 
+    def part(self, rows):
+        """The pictures at `rows` (M,) int64 as Images of their own; itself when that is all of them."""
+        if len(rows) == len(self):
+            return self
+        labels = None if self.labels is None else self.labels[self.index_of[rows]]
+        pixels = None if self.pixels is None else self.pixels[rows.to(self.pixels.device)]
+        names, paths = ([values[i] for i in rows.tolist()] for values in (self.names, self.paths or self.names))
+        return Images(names, labels, self.class_names, pixels, self.paths and paths)
+
     def picture(self, i):
         """Picture i, or what stands in for it, as (3, H, W) uint8."""
         return self.pixels[i] if self.pixels is not None else readable(self, int(self.index_of[i]))[1]
@@ -200,16 +209,17 @@ def readable(images, i):
     raise Stop(f"no picture can be read from {images.paths[i]} on ({reason}): mend or remove them")
 
 
-def load_data(data, data_root="data", device="cpu"):
+def load_data(data, data_root="data", device="cpu", validation=False):
     """`textures`, `cifar10`, `cifar100`, `stl10` or a folder -> (train, test) Images; test may be None.
 
+    validation: not the test pictures, which are not read, but a further sample of textures, or every tenth of train.
     Pictures that fit are one tensor on the device. A folder holds `train/` and `val/` (or `test/`), or just pictures;
     torchvision's sets are downloaded to `data_root` on first use. Raises Stop when there is nothing to read.
     """
     test = None
     if data == "textures":
         train, test = (Images([f"{i:05d}" for i in range(len(y))], y, TEXTURE_NAMES, pixels=x)
-                       for x, y in (textures(200, seed=0), textures(40, seed=1)))
+                       for x, y in (textures(200, seed=0), textures(40, seed=2 if validation else 1)))
     elif data in ("cifar10", "cifar100", "stl10"):
         train, test = (torchvision_set(data, data_root, train) for train in (True, False))
     elif not os.path.isdir(data):
@@ -219,7 +229,10 @@ def load_data(data, data_root="data", device="cpu"):
         parts = [name for name in ("train", "val", "test") if os.path.isdir(Path(data, name))]
         parts = parts if "train" in parts else [""]  # or the folder itself
         train = folder(Path(data, parts[0]))
-        test = folder(Path(data, parts[1]), train.class_names) if len(parts) > 1 else None
+        test = folder(Path(data, parts[1]), train.class_names) if len(parts) > 1 and not validation else None
+    if validation and data != "textures":
+        rows = torch.arange(len(train))
+        train, test = train.part(rows[rows % 10 > 0]), train.part(rows[rows % 10 == 0])
     for images in filter(None, (train, test)):
         images.pixels = images.pixels if images.pixels is None else images.pixels.to(device)
     train.test = test

@@ -65,6 +65,7 @@ def parse_args(argv=None):
     add("--image-size", type=positive(int, most=4096), help="side of the pictures, pixels (the run's, or by data)")
     add("--data", default="textures", help="textures, cifar10, cifar100, stl10 or a folder (the run's)")
     add("--data-root", default="data", help="where torchvision's sets are kept (the run's)")
+    add("--validation", action="store_true", help="on pictures held out from training, not the test's (the run's)")
     add("--out", metavar="FILE", help="for the results (eval.json in the run folder, or here)")
     add("--protocol", nargs="+", choices=list(PROTOCOLS), default=["linear", "knn"], help="what to compute")
     add("--labels", type=positive(float, most=1), default=1.0, help="of each class, in linear and finetune")
@@ -111,6 +112,7 @@ def run_defaults(folder):
         told = {name: str(config["arguments"][name]) for name in ("data", "data_root", "arch", "stem", "image_size")}
         common.STEMS[told["stem"]]
         return dict(told, fingerprint=config["derived"]["fingerprint"],
+                    validation=bool(config["arguments"].get("validation")),
                     clusters=[int(k) for k in config["derived"].get("clusters") or []] or None)
     except (KeyError, TypeError, ValueError) as error:
         raise Stop(f"{path} is not of a training run ({error}): give another --run") from error
@@ -244,16 +246,6 @@ def load_backbone(args):
 
 
 # ---- what is evaluated on what
-def subset(images, rows):
-    """The pictures at `rows` (M,) int64 as Images of their own; `images` itself when that is all of them."""
-    if len(rows) == len(images):
-        return images
-    return common.Images([images.names[i] for i in rows.tolist()], images.labels[images.index_of[rows]],
-                         images.class_names,
-                         pixels=None if images.pixels is None else images.pixels[rows.to(images.pixels.device)],
-                         paths=images.paths and [images.paths[i] for i in rows.tolist()])
-
-
 def labels_of(images):
     """(N, depth) int64 on the CPU; an unreadable picture has the label of the neighbour that stands in for it."""
     return images.labels[images.index_of]
@@ -279,7 +271,7 @@ class Task:
 
     def __init__(self, args, device, network):
         self.args, self.device, self.network, self.cache = args, device, network, {}
-        self.every, self.test = common.load_data(args.data, args.data_root, device)
+        self.every, self.test = common.load_data(args.data, args.data_root, device, args.validation)
         if self.every.labels is None:
             raise Stop(f"{args.data} carries no labels, so there is nothing to compare with: sort the pictures into "
                        "one sub-folder a class")
@@ -287,9 +279,9 @@ class Task:
         if self.test is None or self.test.class_names != self.every.class_names:
             say("no test pictures of the same classes: every tenth training picture is the test")
             held_out = torch.arange(len(known)) % 10 == 0
-            self.test, known = subset(self.every, known[held_out]), known[~held_out]
-        self.train = subset(self.every, known)
-        self.few = subset(self.train, stratified(labels_of(self.train)[:, -1], args.labels, args.seed))
+            self.test, known = self.every.part(known[held_out]), known[~held_out]
+        self.train = self.every.part(known)
+        self.few = self.train.part(stratified(labels_of(self.train)[:, -1], args.labels, args.seed))
         self.classes = [len(names) for names in self.train.class_names]  # a depth
         chosen = args.depth or range(len(self.classes))
         if bad := [depth for depth in chosen if depth not in range(len(self.classes))]:

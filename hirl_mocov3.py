@@ -236,7 +236,7 @@ def main(args):
     # ---- [shared] data
     device = plumbing.set_up(args)
     run = plumbing.Run(args)
-    train, test = common.load_data(args.data, args.data_root, device)
+    train, test = common.load_data(args.data, args.data_root, device, args.validation)
     batch_size = plumbing.fit_batch(args, len(train))
     clusters = plumbing.fit_clusters(args, len(train))
     steps_per_epoch = len(train) // batch_size

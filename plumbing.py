@@ -176,6 +176,7 @@ def shared_arguments(description, presets):
     add = p.add_argument
     add("--data", default="textures", help="textures, cifar10, cifar100, stl10 or a folder of pictures")
     add("--data-root", default="data", help="where torchvision's sets are kept")
+    add("--validation", action="store_true", help="evaluate on pictures held out from training, not on the test's")
     add("--preset", default="auto", choices=["auto", *presets], help="which defaults marked 'preset'; auto: by --data")
     add("--out", help="run folder (default: runs/<script>-<data>-<seed>)")
     add("--resume", action="store_true", help="continue the run in --out where it stopped")

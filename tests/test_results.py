@@ -1,4 +1,7 @@
-"""results/: every table and number of the two READMEs is what the logs give, and the check of that can fail."""
+"""results/: every table and number of the two READMEs is what the logs give, and the check of that can fail.
+
+And what --validation, by which settings are chosen, evaluates on.
+"""
 
 import json
 import re
@@ -7,7 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+
+import common
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -105,3 +113,26 @@ def test_a_number_needs_a_log(copy):
     assert reproduce(copy, "--check")[0] == 0
     edit(page, "12.35", "12.36")
     assert reproduce(copy, "--check")[0] == 1
+
+
+def test_validation_has_pictures_of_its_own(tmp_path):
+    """A folder's every tenth training picture; its test pictures are not read: here none could be."""
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        path = tmp_path / "train" / f"class{i % 2}" / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
+    (tmp_path / "test" / "class0").mkdir(parents=True)
+    (tmp_path / "test" / "class0" / "0.png").write_text("no picture")
+    train, held_out = common.load_data(str(tmp_path), validation=True)
+    assert (len(train), len(held_out)) == (21, 3) and not {*train.names} & {*held_out.names}
+    assert held_out.names == ["class0/00.png", "class0/20.png", "class1/17.png"]
+    assert [int(label) for label in held_out.labels[:, 0]] == [0, 0, 1]
+
+
+def test_validation_of_textures_is_neither_training_nor_test():
+    train, test = common.load_data("textures")
+    again, held_out = common.load_data("textures", validation=True)
+    assert torch.equal(train.pixels, again.pixels) and torch.equal(test.labels, held_out.labels)
+    seen = {bytes(picture.numpy()) for picture in torch.cat([train.pixels, test.pixels])}
+    assert not any(bytes(picture.numpy()) in seen for picture in held_out.pixels)
