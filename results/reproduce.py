@@ -261,6 +261,7 @@ def is_earlier(run, log):
 
 # ---- running
 
+running = set()  # processes
 
 def execute(command, folder):
     """Run a script, its output to FOLDER.out; its time, and that of its earlier tries, is added up in FOLDER.time.
@@ -271,7 +272,9 @@ def execute(command, folder):
     with open(folder.with_name(folder.name + ".out"), "a") as out:
         process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=out, stderr=out,
                                    env={**os.environ, "OMP_NUM_THREADS": "1"})
+        running.add(process)
         _, status, usage = os.wait4(process.pid, 0)
+        running.discard(process)
     process.returncode = os.waitstatus_to_exitcode(status)
     before = json.loads(path.read_text()) if path.exists() else [0, 0]
     spent = [before[0] + time.perf_counter() - begun, before[1] + usage.ru_utime + usage.ru_stime]
@@ -318,7 +321,11 @@ def perform_all(runs, args):
     try:
         return all([*pool.map(perform, runs, [args] * len(runs))])
     except KeyboardInterrupt:
-        pool.shutdown(cancel_futures=True)  # the scripts have had the signal too: they save and end
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        for process in list(running):
+            os.kill(process.pid, signal.SIGTERM)  # it finishes its step, saves and ends
+        pool.shutdown(cancel_futures=True)
         sys.exit("stopped: the same command goes on from here")
 
 
