@@ -56,7 +56,6 @@ IMAGE_SIZES = {"textures": 32, "cifar": 32, "photos": 96, "imagenet": 224}  # by
 def parse_args(argv=None):
     p = plumbing.Parser(description=__doc__, allow_abbrev=False, formatter_class=plumbing.HelpFormatter)
     add, positive = p.add_argument, plumbing.positive
-    rate, rate_or_0 = positive(float, most=10**6), positive(float, zero=True, most=10**6)
     add("--run", help="run folder: backbone.pt and, from config.json, data, arch, stem, image size, clusters")
     add("--backbone", metavar="FILE", help="weights: backbone.pt, checkpoint.pt, torchvision's, a state dict")
     add("--untrained", action="store_true", help="no weights: a freshly initialised backbone")
@@ -73,13 +72,13 @@ def parse_args(argv=None):
     add("--linear", choices=["features", "augment"], default="features", help="cached features, or random crops")
     add("--epochs", type=positive(int), default=100, help="of the linear probe")
     add("--batch-size", type=positive(int), default=256, help="pictures a step (finetune: at most a 16th of them)")
-    add("--lr", type=rate, nargs="+", default=[0.01, 0.03, 0.1, 0.3, 1.0, 3.0],
+    add("--lr", type=positive(float), nargs="+", default=[0.01, 0.03, 0.1, 0.3, 1.0, 3.0],
         help="of the linear probe, each times batch-size / 256")
     add("--schedule", choices=["cosine", "step"], default="cosine", help="step: a tenth at 60 and 80 %% of epochs")
-    add("--weight-decay", type=rate_or_0, default=0.0, help="linear and finetune")
+    add("--weight-decay", type=positive(float, zero=True), default=0.0, help="linear and finetune")
     add("--finetune-epochs", type=positive(int), default=50, help="of fine-tuning")
-    add("--lr-trunk", type=rate_or_0, default=0.1, help="fine-tuning, times batch-size / 256")
-    add("--lr-head", type=rate, default=5.0, help="fine-tuning, times batch-size / 256")
+    add("--lr-trunk", type=positive(float, zero=True), default=0.1, help="fine-tuning, times batch-size / 256")
+    add("--lr-head", type=positive(float), default=5.0, help="fine-tuning, times batch-size / 256")
     add("--k", type=positive(int), default=20, help="neighbours of kNN")
     add("--temperature", type=positive(float), default=0.07, help="of kNN's votes")
     add("--clusters", type=positive(int), nargs="+", metavar="K",
@@ -483,7 +482,7 @@ def hierarchy(task):
     if own:  # the backbone that the run left
         folder, left = Path(args.out).parent / "eval_tree", Path(args.run) / "clusters.csv"
         folder.mkdir(exist_ok=True)
-        plumbing.write_tree(folder, task.every, x, tree)
+        in_turn(folder / "tree.png", lambda: plumbing.write_tree(folder, task.every, x, tree))
         say(f"the tree of the features: {folder}/tree.png")
         if args.fingerprint != task.every.fingerprint():
             say("these are not the training pictures of the run; its clusters.csv is left out")
@@ -527,9 +526,9 @@ def earlier_results(path):
         raise Stop(f"{path} is no result of this script, it is not overwritten: choose another --out") from error
 
 
-def add_result(path, result):
-    """Write it, with the earlier ones in the same file; processes take turns, so that none is lost."""
-    turn, given_up = path.with_name(path.name + ".turn"), time.monotonic() + 10  # a turn takes a millisecond
+def in_turn(path, write):
+    """write() while no other process does so for this path; who has had its turn for ten seconds is dead."""
+    turn, given_up = path.with_name(path.name + ".turn"), time.monotonic() + 10
     while time.monotonic() < given_up:
         try:
             turn.touch(exist_ok=False)
@@ -537,11 +536,14 @@ def add_result(path, result):
         except FileExistsError:
             time.sleep(0.01)
     try:
-        plumbing.write_json(path, dict(result, earlier=earlier_results(path)))
-    except Stop as stop:
-        raise Stop(f"{stop.__cause__ or stop}: the results are printed above alone", code=1) from stop
+        write()
     finally:
         turn.unlink(missing_ok=True)
+
+
+def add_result(path, result):
+    """Write it with the earlier ones in the same file, so that none is lost."""
+    in_turn(path, lambda: plumbing.write_json(path, dict(result, earlier=earlier_results(path))))
 
 
 def assert_unchanged(network, frozen):
