@@ -118,6 +118,12 @@ def dino_arguments():
     return p
 
 
+def check_crops(args, backbone):
+    """Stop where a small crop is smaller than a patch of the ViT."""
+    if args.local_crops and args.local_size < (patch := getattr(backbone, "patch_size", 1)):
+        raise common.Stop(f"--local-size {args.local_size} is less than a patch of {args.arch}: give {patch} or more")
+
+
 # ---- [method] arguments
 def parse_args(argv=None):
     return plumbing.resolve_arguments(dino_arguments(), PRESETS, argv)
@@ -269,8 +275,10 @@ def main(args):
     augmentation = AUGMENTATIONS[args.preset]._replace(size=args.image_size)
 
     # ---- [method] model
-    model = DINO(Encoder(*common.backbone(args.arch, args.stem, args.image_size), args.projector, args.hidden, args.dim,
-                         args.prototypes, args.free_last_layer, args.init_std))
+    backbone, width = common.backbone(args.arch, args.stem, args.image_size)
+    check_crops(args, backbone)
+    model = DINO(Encoder(backbone, width, args.projector, args.hidden, args.dim, args.prototypes, args.free_last_layer,
+                         args.init_std))
     model.heads = nn.ModuleList(level_head(args.dim) for _ in clusters)  # last: the rest starts as without them
     plumbing.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
     model.to(device, memory_format=torch.channels_last)

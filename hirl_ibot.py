@@ -108,6 +108,12 @@ def dino_arguments():
     return p
 
 
+def check_crops(args, backbone):
+    """Stop where a small crop is smaller than a patch of the ViT."""
+    if args.local_crops and args.local_size < (patch := getattr(backbone, "patch_size", 1)):
+        raise common.Stop(f"--local-size {args.local_size} is less than a patch of {args.arch}: give {patch} or more")
+
+
 # ---- [method] arguments
 def parse_args(argv=None):
     p = dino_arguments()
@@ -179,8 +185,7 @@ def encode_crops(encoder, crops, masks=None, mask_token=None, branches=None):
     branches = [None] * 2 if branches is None else [x.flatten(1) for x in branches.tensor_split([2], dim=1)]
     tokens = encoder.backbone.tokens(torch.cat(crops[:2]), masks, mask_token, branches[0])  # (2b, 1+S, F)
     local = [encoder.backbone(torch.cat(crops[2:]), branches=branches[1])] if crops[2:] else []  # ((V-2) b, F)
-    raws = encoder.projector(torch.cat([tokens.flatten(0, 1), *local]))
-    whole, local = raws.tensor_split([tokens[..., 0].numel()])
+    whole, local = encoder.projector(torch.cat([tokens.flatten(0, 1), *local])).tensor_split([tokens[..., 0].numel()])
     whole = whole.unflatten(0, (2, -1, tokens.shape[1]))  # (2, b, 1+S, D)
     return torch.cat([whole[:, :, 0], local.unflatten(0, (-1, whole.shape[1]))]), whole[:, :, 1:]
 
@@ -315,6 +320,7 @@ def main(args):
     backbone, width = common.backbone(args.arch, args.stem, args.image_size)
     if not isinstance(backbone, common.ViT):
         raise common.Stop(f"--arch {args.arch} has no patches to mask: take a ViT, as vit-8-96-4 or vit_b_16")
+    check_crops(args, backbone)
     model = DINO(Encoder(backbone, width, args.projector, args.hidden, args.dim, args.prototypes, args.free_last_layer,
                          args.init_std))
     model.mask_token = nn.Parameter(torch.zeros(1, width))

@@ -749,7 +749,7 @@ def test_centres_of_three_processes_are_those_of_one(tmp_path):
 
 WORDS = ("--arch vit-4-32-2 --hidden 24 --dim 16 --prototypes 20 --local-crops 2 --local-size 8 --drop-path 0.3 "
          "--freeze-last-layer 1 --negative-paths 20 --clip-grad 0.05 --lr-warmup 0.2 --temperature-warmup 1 "
-         "--weight-decay 0.1 --final-weight-decay 0.3 --base-lr 0.05 --ema-momentum 0.7 --init-std 0.1 "
+         "--weight-decay 3 --final-weight-decay 5 --base-lr 0.05 --ema-momentum 0.7 --init-std 0.1 "
          "--optimizer adamw").split()
 
 
@@ -828,7 +828,7 @@ def test_the_loop_reads_as_the_papers_say(script, centering, tmp_path, pictures)
             for group, gradient in zip(optimizer.param_groups, found):
                 p = group["params"][0]
                 p.grad = gradient if gradient is None else gradient * min(1, 0.05 / (gradient.norm().item() + 1e-6))
-                group["lr"], group["weight_decay"] = lr, (0.3 + (0.1 - 0.3) * half if p.ndim > 1 else 0)
+                group["lr"], group["weight_decay"] = lr, (5 + (3 - 5) * half if p.ndim > 1 else 0)
             optimizer.step()
             m = 1 + (0.7 - 1) * half
             for p_t, p_s in zip(teacher.parameters(), student.parameters()):
@@ -850,7 +850,10 @@ def test_the_loop_reads_as_the_papers_say(script, centering, tmp_path, pictures)
         assert_close(exported[name], p.detach(), rtol=0, atol=2e-3)
 
 
-def test_ibot_needs_patches(tmp_path, pictures):
-    with pytest.raises(common.Stop, match="no patches to mask"):
-        run(hirl_ibot, tmp_path / "run", pictures, "--arch", "tiny")
-    assert not (tmp_path / "run").exists()
+def test_ibot_needs_patches_and_crops_no_smaller(tmp_path, pictures):  # noqa: F811
+    for script, switches, words in ((hirl_ibot, "--arch tiny", "no patches to mask"),
+                                    (hirl_ibot, "--arch vit-8-32-1 --local-crops 2 --local-size 4", "give 8 or more"),
+                                    (hirl_dino, "--arch vit-8-32-1 --local-crops 2 --local-size 4", "give 8 or more")):
+        with pytest.raises(common.Stop, match=words):
+            run(script, tmp_path / "run", pictures, *switches.split())
+        assert not (tmp_path / "run").exists()
