@@ -240,7 +240,8 @@ def load_backbone(args):
     network, width = common.backbone(args.arch, stem, args.image_size)
     if path:
         left_out = "; left out: " + (", ".join(fit_backbone(network, tensors, prefix, path)) or "nothing")
-    say(f"{args.arch}, {width} features, {args.image_size} px, {path or 'untrained'}{prefix and ', ' + prefix[:-1]}{left_out}")
+    weights = f"{path}{prefix and ', ' + prefix[:-1]}{left_out}" if path else "untrained"
+    say(f"{args.arch}, {width} features, {args.image_size} px, {weights}")
     return network.eval().requires_grad_(False)
 
 
