@@ -19,6 +19,7 @@ import signal
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import NamedTuple
 
@@ -347,10 +348,11 @@ def decoded(images, requests, augmentations, workers):
     """
     loader = torch.utils.data.DataLoader(Crops(images, augmentations), batch_sampler=requests, num_workers=workers)
     mask = getattr(signal, "pthread_sigmask", lambda how, signals: None)  # Windows has none
+    resource_tracker.ensure_running()  # of spawned workers; its start unblocks signals
     try:
-        mask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit it: Ctrl-C stops this process alone, which saves
-        batches = iter(loader)
-        mask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        mask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # workers inherit it: these reach this process, which
+        batches = iter(loader)  # finishes its step and saves
+        mask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
         for wanted, index, reasons, crops in batches:
             images.replace({i: (j, why) for i, j, why in zip(wanted.tolist(), index.tolist(), reasons) if why})
             yield index, crops

@@ -240,8 +240,9 @@ def resolve_arguments(parser, presets, argv=None):
 def saved_arguments(folder, script, parser):
     """The arguments of the run in `folder`, each one such as this script could have written; and `given`."""
     saved = read_json(folder / "config.json")["arguments"]
-    if isinstance(saved.get("script"), str) and saved["script"] != script:
-        raise Stop(f"{folder} is a run of {saved['script']}.py: resume it with that, or choose another --out")
+    if saved.get("script") != script:
+        raise Stop(f"{folder}/config.json is of a run of {saved.get('script')}.py: resume it with that, or choose "
+                   "another --out")
 
     def possible(action):
         value = saved.get(action.dest)

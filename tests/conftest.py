@@ -4,7 +4,9 @@ Importing torch takes longer than most of these runs, so a fork server imports i
 that executes the script as `__main__`, in an empty folder.
 """
 
+import itertools
 import json
+import math
 import multiprocessing
 import os
 import resource
@@ -64,18 +66,28 @@ def arguments(script, data, out, **other):
     return line  # of a flag given twice the later one counts
 
 
-def play(script, argv, folder, label, environment, stop_at, file_limit):
-    """In the child: run the script as `__main__`. stop_at: (step, signal) that it sends to itself."""
+def play(script, argv, folder, label, environment, stop_at, file_limit, poison, timeout):
+    """In the child: run the script as `__main__`. stop_at: (step, signal) that it sends to itself; poison: the step
+    whose gradient is not finite; file_limit: the disk is full from this file size on; timeout: of ranks, seconds.
+    """
     os.environ.update(environment)
     os.chdir(folder)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{label}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    if file_limit:  # the disk is full from this file size on
+    if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
-    plumbing.TIMEOUT = timedelta(seconds=20)
+    plumbing.TIMEOUT = timedelta(seconds=timeout)
+    steps, end_step, average = itertools.count(1), plumbing.Run.end_step, plumbing.average_gradients
+    if poison:
+        def poisoned(parameters):
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            if next(steps) == poison:
+                gradients[0].fill_(math.nan)
+            average(parameters)
+
+        plumbing.average_gradients = poisoned
     if stop_at:
-        steps, end_step = iter(range(1, 10**6)), plumbing.Run.end_step
 
         def stopped(run, *how):
             if next(steps) == stop_at[0]:
@@ -92,11 +104,18 @@ def play(script, argv, folder, label, environment, stop_at, file_limit):
 class Play:
     """A script that is running: `finish()` gives its exit code and sets `out` and `err`, the text it printed."""
 
-    def __init__(self, folder, script, argv, *, environment=None, stop_at=None, file_limit=None):
+    def __init__(self, folder, script, argv, *, environment=None, stop_at=None, file_limit=None, poison=None,
+                 timeout=60):
         self.label = Path(folder) / f".{time.monotonic_ns()}"
-        what = script, argv, folder, self.label, environment or {}, stop_at, file_limit
+        what = script, argv, folder, self.label, environment or {}, stop_at, file_limit, poison, timeout
         self.process = fork.Process(target=play, args=what)
         self.process.start()
+
+    def wait_for(self, path, text=""):
+        """Until the file is there and holds the text."""
+        while not path.exists() or text not in path.read_text(errors="replace"):
+            assert self.process.is_alive(), self.finish()
+            time.sleep(0.01)
 
     def finish(self, timeout=120):
         self.process.join(timeout)

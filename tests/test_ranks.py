@@ -4,9 +4,13 @@
 """
 
 import math
+import os
 import signal
 import subprocess
 import sys
+import time
+import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +20,10 @@ from conftest import (
     IMAGES,
     ROOT,
     SCRIPTS,
+    STEPS,
+    Play,
     arguments,
+    compare_runs,
     fork,
     free_port,
     load,
@@ -33,45 +40,122 @@ import hirl_simclr
 import hirl_swav
 import plumbing
 
-
-def test_torchrun_reproduces_one_process(whole, pictures, tmp_path):
-    """Two gloo processes with half the batch each: first epoch's losses to 1e-5, and the same neighbours after."""
-    script, undisturbed, _ = whole
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port", free_port()]
-    argv = arguments(script, pictures, tmp_path / "run")
-    done = subprocess.run([*torchrun, ROOT / f"{script}.py", *argv], cwd=tmp_path, capture_output=True, text=True,
-                          timeout=180)
-    assert done.returncode == 0, done.stdout + done.stderr
-    one, two = log(undisturbed), log(tmp_path / "run")
-    assert two[0]["knn"] == one[0]["knn"] and len(two) == len(one)
-    for name, value in losses(one[1]).items():
-        assert_close(two[1][name], value, rtol=1e-5, atol=1e-5 if name == "simsiam" else 0)  # a cosine, near 0
-    for one_row, two_row in zip(one[1:], two[1:]):
-        for name, value in losses(one_row).items():  # rounding grows from step to step
-            assert_close(two_row[name], value, rtol=0.05, atol=0.01 if name == "simsiam" else 0)
-        assert_close(two_row["knn"], one_row["knn"], rtol=0, atol=15.0)
-    assert (tmp_path / "run/tree.png").exists()
-    assert len((tmp_path / "run/clusters.csv").read_text().splitlines()) == IMAGES + 1
-    assert done.stdout.count("epoch 1 ") == 1  # rank 0 alone speaks
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port"]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_two_processes_reproduce_the_hierarchy_losses(script, pictures, tmp_path):
-    """The same with the hierarchy from the first epoch on: k-means, parents and drawn paths agree as well."""
-    run(tmp_path, script, arguments(script, pictures, "one", epochs=1, warmup_epochs=0))
-    run_ranks(tmp_path, script, arguments(script, pictures, "two", epochs=1, warmup_epochs=0))
-    one, two = log(tmp_path / "one")[-1], log(tmp_path / "two")[-1]
-    assert losses(one).keys() == losses(two).keys() and one["clusters_in_use"] == two["clusters_in_use"]
-    for name, value in losses(one).items():
-        assert_close(two[name], value, rtol=1e-5, atol=1e-5 if name == "simsiam" else 0)  # a cosine, near 0
+@pytest.fixture(scope="module", params=SCRIPTS)
+def pair(request, pictures, tmp_path_factory):
+    """(script, folder of a run of two ranks that nothing disturbed, what rank 0 printed); a tree from the start on."""
+    folder = tmp_path_factory.mktemp("pair")
+    argv = arguments(request.param, pictures, folder / "run", epochs=2, warmup_epochs=0)
+    ranks = run_ranks(folder, request.param, argv)
+    assert ranks[1].out == ranks[0].err == ranks[1].err == ""  # rank 0 alone speaks
+    return request.param, folder / "run", ranks[0].out
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_processes_reproduce_one(pair, pictures, tmp_path):
+    """Half the batch each: the first epoch to 1e-5, the same clusters in use, all pictures in a tree."""
+    script, folder, printed = pair
+    run(tmp_path, script, arguments(script, pictures, "one", epochs=2, warmup_epochs=0))
+    one, two = log(tmp_path / "one"), log(folder)
+    assert two[0]["knn"] == one[0]["knn"] and len(two) == len(one) == 3 and one[1].keys() == two[1].keys()
+    for name, value in [*losses(one[1]).items(), ("feature_std", one[1]["feature_std"])]:
+        assert_close(two[1][name], value, rtol=1e-5, atol=0)
+    assert one[1].get("clusters_in_use") == two[1].get("clusters_in_use")
+    for name, value in losses(one[2]).items():
+        assert_close(two[2][name], value, rtol=0.05, atol=0)  # rounding grows from step to step
+    assert (folder / "tree.png").exists()
+    assert len((folder / "clusters.csv").read_text().splitlines()) == IMAGES + 1
+
+
+def test_resumed_ranks_end_where_the_others_did(pair, pictures, tmp_path):
+    """SIGTERM to either rank at a random step of a random epoch: rows, weights and tree bit for bit."""
+    script, undisturbed, _ = pair
+    argv = arguments(script, pictures, tmp_path / "run", epochs=2, warmup_epochs=0)
+    step = zlib.crc32(script.encode()) % (2 * STEPS) + 1
+    run_ranks(tmp_path, script, argv, code=143, only=step % 2, stop_at=(step, signal.SIGTERM))
+    state = load(tmp_path / "run/checkpoint.pt")
+    assert state["epoch"] * STEPS + state["step"] == step
+    run_ranks(tmp_path, script, ["--out", tmp_path / "run", "--resume"])
+    compare_runs(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize("script, size, bn", (("hirl_moco", 2, "shuffle"), ("hirl_moco", 3, "sync"),
+                                              ("hcsc", 3, "shuffle"), ("csml", 2, "shuffle")))
+def test_both_kinds_of_batch_norm_resume(script, size, bn, pictures, tmp_path):
+    """Under shuffled batch norm each rank's statistics are of other rows: they agree wherever they are used."""
+    for out, stops in (("whole", ()), ("parts", (3, 6))):  # of 5 steps an epoch
+        argv, done = arguments(script, pictures, out, bn=bn, batch_size=18), 0
+        for stop in stops:
+            run_ranks(tmp_path, script, argv + ["--resume"] * (done > 0), code=143, size=size, only=1,
+                      stop_at=(stop - done, signal.SIGTERM))
+            done = stop
+        run_ranks(tmp_path, script, argv + ["--resume"] * (done > 0), size=size)
+    compare_runs(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
+def test_torchrun_and_all_ranks_are_told_to_stop(number, pictures, tmp_path):
+    """What a cluster does: every process gets the signal, the ranks once more from torchrun. Nothing is lost."""
+    argv = arguments("hirl_moco", pictures, tmp_path / "run", epochs=500, eval_every=500)
+    started = subprocess.Popen([*TORCHRUN, free_port(), ROOT / "hirl_moco.py", *argv], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    while not (tmp_path / "run/checkpoint.pt").exists():
+        assert started.poll() is None, started.communicate()
+        time.sleep(0.05)
+    children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+    for pid in [*children, started.pid, *children]:
+        os.kill(int(pid), number)
+    out, err = started.communicate(timeout=60)
+    assert err.count("continue with --resume") == 1 and not [*(tmp_path / "run").glob("*.tmp")], err
+    before = load(tmp_path / "run/checkpoint.pt")
+    resumed = run_ranks(tmp_path, "hirl_moco", argv + ["--resume"], code=143, stop_at=(2, signal.SIGTERM))
+    after = load(tmp_path / "run/checkpoint.pt")
+    assert after["epoch"] * STEPS + after["step"] == before["epoch"] * STEPS + before["step"] + 2
+    assert all("stopped, the state is in" not in played.err for played in resumed[1:])  # said once
+
+
+@pytest.mark.parametrize("script", SCRIPTS[:1])
 def test_resume_with_another_number_of_processes_is_stated(script, pictures, tmp_path):
     argv = arguments(script, pictures, "run", epochs=2)
     run_ranks(tmp_path, script, argv, code=143, stop_at=(3, signal.SIGTERM))
     resumed = run(tmp_path, script, argv + ["--resume"])
     assert "processes (2 before)" in resumed.out and len(log(tmp_path / "run")) == 3
+
+
+def test_a_rank_that_is_stopped_ends_the_others(pictures, tmp_path):
+    """Once it has been silent for the timeout, here 5 seconds."""
+    ranks = start_ranks(tmp_path, "hirl_moco", arguments("hirl_moco", pictures, "run", epochs=500), timeout=5)
+    ranks[0].wait_for(tmp_path / "run/checkpoint.pt")
+    os.kill(ranks[1].process.pid, signal.SIGSTOP)
+    assert ranks[0].finish(timeout=30) == 1 and "another process" in ranks[0].err and "Traceback" not in ranks[0].err
+    ranks[1].process.kill()
+    ranks[1].finish()
+
+
+def test_a_folder_that_is_taken_stops_every_rank(pictures, tmp_path):
+    argv = arguments("hirl_moco", pictures, "run", epochs=500)
+    first = Play(tmp_path, "hirl_moco", argv)
+    first.wait_for(tmp_path / "run/checkpoint.pt")
+    ranks = run_ranks(tmp_path, "hirl_moco", argv + ["--resume"], code=2)
+    assert "in use" in ranks[0].err and ranks[1].err == ""
+    first.process.terminate()
+    assert first.finish() == 143
+
+
+@pytest.mark.parametrize("words", ("NCCL error: unhandled system error", "[Rank 1] Watchdog caught a collective",
+                                   "Connection closed by peer", "the process group was aborted"))
+def test_a_lost_peer_in_other_words(words, monkeypatch):
+    assert plumbing.explanation(RuntimeError(words)) is None  # one process has no peer
+    monkeypatch.setattr(plumbing, "processes", lambda: 2)
+    code, sentence = plumbing.explanation(RuntimeError(words + "\nframe #1"))
+    assert code == 1 and "another process" in sentence and "frame" not in sentence
+
+
+@pytest.mark.parametrize("environment", (dict(WORLD_SIZE="2"), dict(WORLD_SIZE="x"), dict(WORLD_SIZE="2", RANK="0")))
+def test_half_a_torchrun(environment, pictures, tmp_path):
+    played = run(tmp_path, "hirl_moco", arguments("hirl_moco", pictures, "run"), code=2, environment=environment)
+    assert "WORLD_SIZE" in played.err and "torchrun" in played.err and played.err.count("\n") == 1, played.err
 
 
 def test_a_rank_that_dies_ends_the_others(pictures, tmp_path):
@@ -81,11 +165,6 @@ def test_a_rank_that_dies_ends_the_others(pictures, tmp_path):
     assert ranks[1].finish() == -signal.SIGKILL
     assert ranks[0].finish(timeout=30) == 1
     assert "another process" in ranks[0].err and "Traceback" not in ranks[0].err
-
-
-def test_shuffled_batch_norm_trains_in_two_processes(pictures, tmp_path):
-    run_ranks(tmp_path, "hirl_moco", arguments("hirl_moco", pictures, "run", epochs=1, bn="shuffle"))
-    assert losses(log(tmp_path / "run")[-1])["moco"] > 0
 
 
 def call_in_rank(function, rank, size, folder):
@@ -160,6 +239,23 @@ def test_collectives_of_one_process_do_nothing():
     x = torch.arange(6.0).view(3, 2)
     assert common.all_gather_rows(x) is x and common.all_reduce_sum(x) is x
     assert (common.rank(), common.processes()) == (0, 1) and common.local_rows(7) == slice(0, 7)
+
+
+def statistics_of_my_rows():
+    """Plain batch norms that saw different rows; then they agree."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.BatchNorm1d(7, track_running_stats=False))
+    network(torch.randn(6, 5, generator=torch.Generator().manual_seed(common.rank())))
+    before = network[1].running_mean.clone()
+    plumbing.average_statistics(network)
+    return dict(before=before, mean=network[1].running_mean, var=network[1].running_var)
+
+
+def test_running_statistics_become_those_of_all_ranks(tmp_path):
+    first, second = in_ranks(statistics_of_my_rows, tmp_path)
+    assert not torch.equal(first["before"], second["before"])
+    assert_close(first["mean"], (first["before"] + second["before"]) / 2)
+    assert torch.equal(first["mean"], second["mean"]) and torch.equal(first["var"], second["var"])
 
 
 def norm_network():

@@ -8,9 +8,13 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
+import subprocess
+import sys
 import time
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -35,12 +39,15 @@ from conftest import (
     painted,
     refused,
     run,
+    same,
     save_in_mode,
     truncate,
 )
 from PIL import Image
 
 import common
+import hirl_moco
+import plumbing
 
 QUEUED = [name for name in SCRIPTS if "--queue-size" in (ROOT / f"{name}.py").read_text()]
 
@@ -177,23 +184,20 @@ def test_signals_from_outside_and_kill_9(whole, pictures, tmp_path):
     """Ctrl-C whenever it comes: 130. Then the hardest stop, as soon as an epoch is saved: still the same run."""
     script, undisturbed, _ = whole
     folder, argv = tmp_path / "run", arguments(script, pictures, tmp_path / "run")
-
-    def wait_for(path, played):
-        while not path.exists():
-            assert played.process.is_alive(), played.finish()
-            time.sleep(0.01)
-
     first = Play(tmp_path, script, argv)
-    wait_for(folder / "log.jsonl", first)
+    first.wait_for(folder / "log.jsonl")
     os.kill(first.process.pid, signal.SIGINT)
     assert first.finish() == 130 and (folder / "checkpoint.pt").exists()
     (folder / "checkpoint.pt").unlink()  # as if it had been killed before the first one
     second = Play(tmp_path, script, argv + ["--resume"])
-    wait_for(folder / "checkpoint.pt", second)
+    second.wait_for(folder / "checkpoint.pt")
+    refused(tmp_path, script, argv + ["--resume"], "in use")  # alive
     second.process.kill()
     assert second.finish() == -signal.SIGKILL
+    (folder / "checkpoint.pt.tmp").write_bytes(b"torn")  # it was saving
     run(tmp_path, script, argv + ["--resume"])
     compare_runs(folder, undisturbed)
+    assert not [*folder.glob("*.tmp")]
 
 
 @pytest.mark.parametrize("limit", (2000, 100_000))
@@ -240,10 +244,10 @@ FAULTS = {  # name: (arguments after the usual ones, words the sentence must hol
 }
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_of_the_command_line(script, fault, pictures, tmp_path):
-    extra, words = FAULTS[fault]
+def test_faults_of_the_command_line(fault, pictures, tmp_path):
+    """What all scripts share is tried with one of them, in turn."""
+    (extra, words), script = FAULTS[fault], SCRIPTS[[*FAULTS].index(fault) % len(SCRIPTS)]
     if fault == "no GPU" and torch.cuda.is_available():
         pytest.skip("there is one")
     (tmp_path / "empty").mkdir()
@@ -357,16 +361,212 @@ def test_resume_on_other_data_is_refused(script, copied, tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("batch_size", (BATCH, IMAGES))
-def test_a_loss_that_is_not_finite_stops_the_run(script, batch_size, pictures, tmp_path):
-    """Also where an epoch is one step, whose loss is finite but whose update is not: no bad checkpoint is left."""
-    argv = arguments(script, pictures, tmp_path / "run", base_lr=1e30, batch_size=batch_size)
+def test_a_loss_that_is_not_finite_stops_the_run(script, pictures, tmp_path):
+    argv = arguments(script, pictures, tmp_path / "run", base_lr=1e30)
     played = run(tmp_path, script, argv, code=1)
-    assert re.search("at step|after the last step", played.err) and played.err.count("\n") == 1, played.err
-    assert any(word in played.err for word in ("= nan", "= inf"))
-    checkpoint = tmp_path / "run/checkpoint.pt"
-    if checkpoint.exists():
-        assert all(value.isfinite().all() for value in load(checkpoint)["model"].values())
+    assert re.search("= (nan|inf).* (at step|after the last step)", played.err), played.err
+    assert played.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_gradient_that_is_not_finite_is_never_saved(script, pictures, tmp_path):
+    """Of an epoch's last step, where nothing looks at the network: the checkpoint of the epoch before stays."""
+    argv = arguments(script, pictures, tmp_path / "run", eval_every=5, warmup_epochs=3)
+    played = run(tmp_path, script, argv, code=1, poison=2 * STEPS)
+    assert re.search(r"model\.\S+ = nan \(and \d+ more\) after the last step", played.err), played.err
+    assert played.err.count("\n") == 1 and [row["epoch"] for row in log(tmp_path / "run")] == [0, 1]
+    state = load(tmp_path / "run/checkpoint.pt")
+    assert state["epoch"] == 1 and all(value.isfinite().all() for value in state["model"].values())
+    if script == "hirl_swav":
+        assert "model.swav_prototypes = nan" in played.err
+
+
+# ---- faults of what a run left
+
+
+@pytest.fixture(scope="module")
+def stopped(pictures, tmp_path_factory):
+    """A run of hirl_moco.py that was stopped in its second epoch, with settings of its own."""
+    folder = tmp_path_factory.mktemp("stopped")
+    argv = [*arguments("hirl_moco", pictures, folder / "run", eval_every=2), "--workers", "3"]
+    run(folder, "hirl_moco", argv, code=143, stop_at=(STEPS + 2, signal.SIGTERM))
+    return folder / "run"
+
+
+def test_no_flipped_bit_is_loaded(stopped, tmp_path):
+    """A hundred places of checkpoint.pt: a sentence, or (in the archive's unused bytes) the very same state."""
+    content, generator = (stopped / "checkpoint.pt").read_bytes(), np.random.default_rng(0)
+    good, told = load(stopped / "checkpoint.pt"), 0
+    for bit in generator.integers(8 * len(content), size=100).tolist():
+        bad = bytearray(content)
+        bad[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "checkpoint.pt").write_bytes(bad)
+        try:
+            assert same(plumbing.load_file(tmp_path / "checkpoint.pt"), good)
+        except common.Stop as stop:
+            assert "restore it from a copy" in str(stop)
+            told += 1
+    assert told > 90
+
+
+def parse(monkeypatch, folder, *argv):
+    monkeypatch.setattr("sys.argv", ["hirl_moco.py", "--out", str(folder), "--resume", *argv])
+    return hirl_moco.parse_args()
+
+
+def test_resume_alone_takes_the_runs_own_settings(stopped, monkeypatch):
+    args = parse(monkeypatch, stopped)
+    assert (args.eval_every, args.workers, args.device, args.epochs) == (2, 3, "cpu", EPOCHS)
+    args = parse(monkeypatch, stopped, "--workers", "0", "--eval-every", "1", "--data", args.data + "/")
+    assert (args.eval_every, args.workers) == (1, 0)  # unless said otherwise
+
+
+WRONG = dict(epochs=("x", 3.0, None, -1, 10**10, [3]), data=(5, None), preset=("none", 1), clusters=(12, "12 4", ["a"]),
+             amp=("no", 1, None), base_lr=("0.1", 0, -1), given=("seed", [1], None), bn=("other",), seed=(True, 0.5),
+             script=(3, None, []))
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_config_of_wrong_types_is_no_run(name, stopped, tmp_path, monkeypatch):
+    config = json.loads((stopped / "config.json").read_text())
+    for value in WRONG[name]:
+        arguments = {**config["arguments"], name: value}
+        (tmp_path / "config.json").write_text(json.dumps({**config, "arguments": arguments}))
+        with pytest.raises(common.Stop, match="config.json"):
+            parse(monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize("name, value", (("epoch", "x"), ("epoch", 10**9), ("epoch", -1), ("step", None), ("step", 1.5),
+                                         ("optimizer", None), ("model", 1), ("keep", 1), ("keep", ([],)), ("sums", 1),
+                                         ("sums", {"moco": "x"}), ("steps", "1"), (None, [1, 2])))
+def test_a_checkpoint_of_wrong_types_is_no_run(name, value, stopped, tmp_path):
+    state = load(stopped / "checkpoint.pt")
+    torch.save({**state, name: value} if name else value, tmp_path / "checkpoint.pt")
+    model = torch.nn.Module()
+    model.load_state_dict = dict
+    optimizer = SimpleNamespace(load_state_dict=dict, state={})
+    here = SimpleNamespace(checkpoint_path=tmp_path / "checkpoint.pt", folder=tmp_path, args=SimpleNamespace(epochs=3))
+    with pytest.raises(common.Stop, match="no checkpoint of this run"):
+        plumbing.Run.resume(here, "cpu", model=model, optimizer=optimizer)
+    torch.save(state, tmp_path / "checkpoint.pt")
+    assert plumbing.Run.resume(here, "cpu", model=model, optimizer=optimizer)[:2] == (1, 2)
+
+
+@pytest.mark.parametrize("left", (b"", b'{"epoch": 0, "knn"\n{"epoch": "1"}\n[]\n'))
+def test_a_lost_log_is_said(left, stopped, tmp_path):
+    """What was logged before is not there, and no row of the trained network stands in for the untrained one's."""
+    shutil.copytree(stopped, tmp_path / "run")
+    (tmp_path / "run/log.jsonl").write_bytes(left) if left else (tmp_path / "run/log.jsonl").unlink()
+    played = run(tmp_path, "hirl_moco", ["--out", "run", "--resume"])
+    assert "lost what was logged of epoch 0, 1" in played.out and "untrained network" not in played.out
+    assert [row["epoch"] for row in log(tmp_path / "run")] == [2, 3] and "trained network" in played.out
+
+
+def test_two_at_once_do_not_share_a_folder(pictures, tmp_path):
+    both = [Play(tmp_path, "hirl_moco", arguments("hirl_moco", pictures, "run", plain=True, epochs=1)) for _ in "ab"]
+    codes = sorted(played.finish() for played in both)
+    assert codes == [0, 2] and [row["epoch"] for row in log(tmp_path / "run")] == [0, 1]
+    assert re.search("in use|exists", both[0].err + both[1].err)
+
+
+def test_a_torn_start_is_no_run(pictures, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json.tmp").write_text("{")
+    refused(tmp_path, "hirl_moco", arguments("hirl_moco", pictures, "run") + ["--resume"], "leave out --resume")
+    run(tmp_path, "hirl_moco", arguments("hirl_moco", pictures, "run", plain=True, epochs=1))
+    assert not [*(tmp_path / "run").glob("*.tmp")]
+
+
+@pytest.mark.parametrize("fate", ("deleted", "renamed", "a file"))
+def test_a_run_folder_that_goes_away(fate, pictures, tmp_path):
+    folder = tmp_path / "run"
+    played = Play(tmp_path, "hirl_moco", arguments("hirl_moco", pictures, folder, plain=True, epochs=500))
+    played.wait_for(folder / "checkpoint.pt")
+    folder.rename(tmp_path / "elsewhere")
+    if fate == "deleted":
+        shutil.rmtree(tmp_path / "elsewhere")
+    elif fate == "a file":
+        folder.write_text("")
+    assert played.finish() == 1 and "cannot write" in played.err and played.err.count("\n") == 1, played.err
+
+
+# ---- other machines, other terminals
+
+
+def shell(line, folder, **environment):
+    """A line of bash in which $PYTHON runs a script of ours."""
+    return subprocess.run(["bash", "-c", line], cwd=folder, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "PYTHON": sys.executable, **environment})
+
+
+def test_nobody_reads_or_hears_it(pictures, tmp_path):
+    """Output into `head -1` ends as with any tool; a closed stderr changes nothing."""
+    command = f"$PYTHON {ROOT}/hirl_moco.py " + " ".join(arguments("hirl_moco", pictures, "run", plain=True, epochs=1))
+    done = shell(command + " | head -1; echo ${PIPESTATUS[0]}", tmp_path)
+    assert done.stdout.splitlines()[1:] == ["141"] and done.stderr == "", done.stderr
+    done = shell(command.replace("--out run", "--out other") + " 2>&-", tmp_path)
+    assert done.returncode == 0 and (tmp_path / "other/backbone.pt").exists()
+
+
+def test_any_name_in_any_locale(tmp_path):
+    """Newlines and Latin-1 in the names of classes and files, in an ASCII locale: drawn, and kept byte for byte."""
+    make_pictures(tmp_path / "odd", 40, seed=4)
+    os.rename(tmp_path / "odd/across", os.fsencode(tmp_path / "odd") + b"/caf\xe9\nbar")
+    argv = " ".join(arguments("hirl_moco", "odd", "run", epochs=1, clusters="4 2"))
+    done = shell(f"$PYTHON {ROOT}/hirl_moco.py {argv}", tmp_path, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert done.returncode == 0 and done.stderr == "" and (tmp_path / "run/tree.png").exists(), done.stderr
+    with open(tmp_path / "run/clusters.csv", encoding="utf-8", errors="surrogateescape", newline="") as f:
+        names = [os.fsencode(row[0]) for row in csv.reader(f)]
+    assert sum(name.startswith(b"caf\xe9\nbar/") for name in names) == 21 and len(names) == 41
+
+
+def test_a_machine_without_resource_and_fork(tmp_path):
+    """As on Windows and macOS: no `resource`, no `fcntl`, workers that are spawned; Ctrl-C reaches these as well."""
+    (tmp_path / "flat").mkdir()
+    for i in range(32):  # of several sizes: decoded by workers
+        Image.fromarray(painted(np.random.default_rng(i), i % 6, size=17 + i % 5)).save(tmp_path / f"flat/{i}.png")
+    argv = ["hirl_moco.py", *arguments("hirl_moco", "flat", "run", plain=True, epochs=500, workers=1, batch_size=8)]
+    (tmp_path / "hirl_moco_spawned.py").write_text(f"""
+import multiprocessing, runpy, sys
+sys.modules["resource"] = sys.modules["fcntl"] = None
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    sys.path.insert(0, {str(ROOT)!r})
+    sys.argv = {argv!r}
+    runpy.run_path({str(ROOT / "hirl_moco.py")!r}, run_name="__main__")
+""")
+    started = subprocess.Popen([sys.executable, "hirl_moco_spawned.py"], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    while not (tmp_path / "run/checkpoint.pt").exists():
+        assert started.poll() is None, started.communicate()
+        time.sleep(0.05)
+    time.sleep(1.5)
+    os.killpg(started.pid, signal.SIGINT)  # as a terminal does
+    out, err = started.communicate(timeout=60)
+    assert started.returncode == 130 and "continue with --resume" in err and err.count("\n") == 1, err
+    assert log(tmp_path / "run")[-1]["peak_memory_gib"] is None
+
+
+def test_one_event_file_for_tensorboard(pictures, tmp_path):
+    pytest.importorskip("tensorboard")
+    run(tmp_path, "hirl_moco", arguments("hirl_moco", pictures, "run", plain=True, epochs=2) + ["--tensorboard"])
+    assert len([*(tmp_path / "run").glob("events*")]) == 1
+
+
+def test_the_device_that_is_named_is_the_current_one(monkeypatch):
+    """Also by one process: what asks for the current device (memory, kernels) must mean this one."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch, "zeros", lambda *how, **on: torch.ones(1))
+    assert plumbing.set_up(SimpleNamespace(device="cuda:1", seed=0)) == torch.device("cuda:1")
+    assert plumbing.set_up(SimpleNamespace(device="cuda", seed=0)) == torch.device("cuda:0")
+    assert chosen == [torch.device("cuda:1"), torch.device("cuda:0")]
+
+
+def test_memory_is_counted_in_the_systems_units(monkeypatch):
+    now = plumbing.peak_memory()
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert plumbing.peak_memory() == pytest.approx(now / 1024, rel=0.2)
 
 
 # ---- folders as people have them
@@ -435,15 +635,3 @@ def test_a_picture_that_claims_to_be_huge(copied, tmp_path):
     paths[0].write_bytes(data[:12] + header + zlib.crc32(header).to_bytes(4, "big") + data[33:])
     played = run(tmp_path, SCRIPTS[0], arguments(SCRIPTS[0], root, "run", epochs=1))
     assert played.err.count("\n") == 1 and paths[0].name in played.err
-
-
-def test_a_file_name_that_is_no_utf8(tmp_path):
-    """Linux allows any bytes in a name; a run must not stumble over them at its very end."""
-    make_pictures(tmp_path / "odd", 40, seed=4)
-    path = next((tmp_path / "odd").rglob("*.png"))
-    try:
-        os.rename(os.fsencode(path), os.fsencode(path.parent) + b"/\xff\xfe.png")
-    except OSError:
-        pytest.skip("not on this file system")
-    run(tmp_path, SCRIPTS[0], arguments(SCRIPTS[0], "odd", "run", epochs=1, clusters="4 2"))
-    assert b"\xff\xfe.png" in (tmp_path / "run/clusters.csv").read_bytes()
