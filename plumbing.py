@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import importlib.util
 import io
 import itertools
 import json
@@ -65,31 +66,25 @@ def launch(main, parse_args):
 
 def explanation(error):
     """(exit code, sentence) of an exception that a user can cause, None of one that is a fault of the program."""
-    first, *_, last = [*str(error).splitlines(), ""] * 2
-    words = str(error).lower()
-
-    def tells(*of):
-        return isinstance(error, RuntimeError) and any(word in words for word in of)
-
+    text, first = str(error), str(error).partition("\n")[0]
+    lost = ("connection", "peer", "timed out", "gloo", "nccl", "watchdog", "abort") if processes() > 1 else ()
     if isinstance(error, Stop):
-        return error.code, str(error).split("Stop: ")[-1]  # without the traceback of a worker
-    if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted: what was saved before is intact"
-    if isinstance(error, BrokenPipeError):
-        return 141, ""  # as a tool that SIGPIPE ends
-    if isinstance(error, OSError):
-        return 2, f"{error.filename or 'the system'}: {error.strerror or first}: correct the path or its permissions"
-    if isinstance(error, FloatingPointError):  # the losses were finite, but the last step was not
-        return 1, f"features = nan after the last step: {LOWER}"
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        return 1, f"out of GPU memory at {peak_memory():.1f} GiB: give a smaller --batch-size"
-    if processes() > 1 and tells("connection", "peer", "timed out", "gloo", "nccl", "watchdog", "abort"):
-        return 1, (f"stopped because of another process ({first}): read what that one said, and continue with "
-                   "--resume")
-    if tells("dataloader worker", "shared memory"):
-        return 1, f"a worker that reads pictures was lost ({first}): give fewer --workers, or 0"
-    if isinstance(error, MemoryError) or tells("allocate memory", "not enough memory", "overflow"):
-        return 2, f"a size is too large for this machine ({first}): give smaller numbers"
+        return error.code, text.split("Stop: ")[-1]  # without the traceback of a worker
+    for kind, words, code, sentence in (
+            (KeyboardInterrupt, [""], 130, "interrupted: what was saved before is intact"),
+            (BrokenPipeError, [""], 141, ""),  # as a tool that SIGPIPE ends
+            (OSError, [""], 2, f"{first}: correct the path or its permissions"),
+            (FloatingPointError, [""], 1, f"features = nan after the last step: {LOWER}"),
+            (torch.cuda.OutOfMemoryError, [""], 1, f"out of GPU memory at {peak_memory()} GiB: give a smaller "
+                                                   "--batch-size"),
+            (RuntimeError, lost, 1, f"stopped because of another process ({first}): read what that one said, and "
+                                    "continue with --resume"),
+            (RuntimeError, ["dataloader worker", "shared memory"], 1,
+             f"a worker that reads pictures was lost ({first}): give fewer --workers, or 0"),
+            ((RuntimeError, MemoryError), ["allocate memory", "not enough memory", "overflow"], 2,
+             f"a size is too large for this machine ({first}): give smaller numbers")):
+        if isinstance(error, kind) and any(word in text.lower() for word in words):
+            return code, sentence
 
 
 def set_up(args):
@@ -105,8 +100,6 @@ def set_up(args):
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise Stop(f"--device {name} is not there ({str(error).splitlines()[0]}): use --device cpu") from error
-    if abs(args.seed) >= 2**62:
-        raise Stop(f"--seed {args.seed} is out of range: give one below 2^62")
     if several and not dist.is_initialized():  # tensors on the CPU travel by gloo
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
@@ -135,9 +128,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise Stop(f"{message}: see --help")
-
-    def print_help(self, file=None):
-        print(self.format_help(), end="", flush=True, file=file)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -191,7 +181,7 @@ def shared_arguments(description, presets):
     add("--weight-decay", type=positive(float, zero=True), help="weight decay (preset)")
     add("--clusters", type=int, nargs="+", metavar="K", help="clusters a level, finest first; 0: no hierarchy (preset)")
     add("--warmup-epochs", type=positive(int, zero=True), help="epochs before the hierarchy (preset)")
-    add("--seed", type=int, default=0, help="of everything random")
+    add("--seed", type=positive(int, zero=True), default=0, help="of everything random")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     add("--workers", type=positive(int, zero=True), default=4,
         help="processes that decode pictures too large or too many to keep in memory")
@@ -244,24 +234,21 @@ def saved_arguments(folder, script, parser):
         raise Stop(f"{folder}/config.json is of a run of {saved.get('script')}.py: resume it with that, or choose "
                    "another --out")
 
-    def possible(action):
-        value = saved.get(action.dest)
+    def possible(action, value):  # what the parser makes of it is what it is
         values = value if action.nargs else [value]
-        if action.nargs == 0:
-            return isinstance(value, bool)
         try:
-            return [(action.type or str)(str(v)) for v in values] == values and (value in (action.choices or [value]))
+            return (type(value) is bool if action.nargs == 0 else value in (action.choices or [value]) and
+                    values == [(action.type or str)(str(v)) for v in values])
         except (TypeError, ValueError, argparse.ArgumentTypeError):
             return False
 
-    own = [action for action in parser._actions if action.dest not in ("help", "resume", "out")]
-    bad = [action.dest for action in own if not possible(action)]
+    own = {action.dest: action for action in parser._actions if action.dest not in ("help", "resume", "out")}
+    bad = [name for name, action in own.items() if not possible(action, saved.get(name))]
     given = saved.get("given")
     if bad or not isinstance(given, list) or not all(isinstance(name, str) for name in given):
-        name = [*bad, "given"][0]
-        raise Stop(f"{folder}/config.json is of no run of this program ({name} = {saved.get(name)!r}): restore it, or "
+        raise Stop(f"{folder}/config.json is of no run of this program, see its {[*bad, 'given'][0]}: restore it, or "
                    "choose another --out")
-    return {**{action.dest: saved[action.dest] for action in own}, "given": given}
+    return {**{name: saved[name] for name in own}, "given": given}
 
 
 def preset_of(data):
@@ -356,8 +343,8 @@ def average_gradients(parameters):
 
 def average_statistics(network):
     """Mean over ranks of the running statistics of batch norms that see one rank's rows: one network on all ranks."""
-    norms = [child for child in network.modules() if isinstance(child, nn.modules.batchnorm._BatchNorm)]
-    average([statistic for norm in norms if not isinstance(norm, SyncBatchNorm)
+    average([statistic for norm in network.modules()
+             if isinstance(norm, nn.modules.batchnorm._BatchNorm) and not isinstance(norm, SyncBatchNorm)
              for statistic in (norm.running_mean, norm.running_var) if statistic is not None])
 
 
@@ -425,12 +412,8 @@ class Run:
             raise Stop(f"{self.folder} holds no run to resume: leave out --resume, or correct --out")
         if not args.resume:
             refuse_existing(self.folder)
-        if args.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise Stop("--tensorboard needs the package tensorboard: install it, or leave that out") from error
-            self.board = SummaryWriter  # rank 0 opens it with its first row
+        if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+            raise Stop("--tensorboard needs the package tensorboard: install it, or leave that out")
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.note_signal)
 
@@ -446,7 +429,9 @@ class Run:
         say(f"{self.folder}, preset {self.args.preset}")
         for name, value in shown.items():
             say(f"  {name:20} {value}")
-        self.take_folder()
+        if rank() == 0:
+            claim(self.folder, new=not self.args.resume)
+        all_reduce_sum(torch.zeros(1))  # nobody goes on before
         if not self.args.resume:
             write_json(path, dict(arguments=vars(self.args), derived=derived, **circumstances()))
             return
@@ -458,24 +443,6 @@ class Run:
         if changed:
             say("resumed with another " + ", ".join(f"{name} ({saved[name]} before)" for name in changed))
 
-    def take_folder(self):
-        """Rank 0 creates the folder and claims it; where it cannot, every rank stops."""
-        refusal = None
-        if rank() == 0:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                claim(self.folder)
-                if not self.args.resume:
-                    refuse_existing(self.folder)  # by a run that began and ended since we looked
-                for torn in self.folder.glob("*.tmp"):
-                    torn.unlink()
-            except OSError as error:
-                refusal = Stop(f"cannot write to {self.folder} ({error.strerror}): choose another --out")
-            except Stop as stop:
-                refusal = stop
-        if all_reduce_sum(torch.tensor(float(refusal is not None))):
-            raise refusal or Stop("")
-
     def resume(self, device, **parts):
         """Load the checkpoint, if there is one, into `parts` (model, optimizer) -> (epoch, step) to go on at, keep."""
         self.parts = parts
@@ -485,14 +452,11 @@ class Run:
         try:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
-            epoch, step, self.sums, self.steps, keep = (state[n] for n in ("epoch", "step", "sums", "steps", "keep"))
-            whole = all(type(n) is int and n >= 0 for n in (epoch, step, self.steps)) and epoch <= self.args.epochs
-            sums = isinstance(self.sums, dict) and all(type(total) is float for total in self.sums.values())
-            kept = keep is None or torch.is_tensor(keep) or [type(part) for part in keep] == [list] * 4
-            moved = [s for p, of in parts["optimizer"].state.items() for s in of.values()
-                     if torch.is_tensor(s) and s.ndim and s.shape != p.shape]
-            if not (whole and sums and kept) or moved:
-                raise ValueError("values of other types")
+            epoch, step, self.steps = (range(most).index(state[name]) for name, most in  # refuses all that is no number
+                                       (("epoch", self.args.epochs + 1), ("step", 10**9), ("steps", 10**9)))
+            self.sums, keep = {name: float(total) for name, total in state["sums"].items()}, state["keep"]
+            if not (keep is None or torch.is_tensor(keep) or [*map(type, keep)] == [list] * 4):
+                raise ValueError("no Hierarchy")
         except Exception as error:  # torch raises many types for what it does not expect
             raise Stop(f"{self.checkpoint_path} is no checkpoint of this run ({type(error).__name__}): restore it from "
                        "a copy, or start again with another --out") from error
@@ -521,11 +485,12 @@ class Run:
         return state
 
     def save(self, state):
-        """checkpoint.pt: the one before it stays intact until this one is complete, and nobody goes on before."""
+        """checkpoint.pt: the one before it stays intact until this one is complete. After a signal Stop, all ranks."""
         self.saving = True
-        write_atomically(self.checkpoint_path, file_of(state))
+        write_atomically(self.checkpoint_path, state)
         self.saving = False
-        all_reduce_sum(torch.zeros(1))
+        if number := self.asked_to_stop():  # every rank waits here for the one that saves
+            raise Stop(f"stopped, the state is in {self.checkpoint_path}: continue with --resume", 128 + number)
 
     def timed(self, batches, epoch, steps):
         """The same batches, with a progress bar on a terminal; time between asking and getting counts as waiting."""
@@ -551,12 +516,8 @@ class Run:
         self.last = step, dict(zip(values, means))
         self.sums = {name: self.sums.get(name, 0) + value for name, value in self.last[1].items()}
         self.steps, self.here = self.steps + 1, self.here + 1
-        if number := self.asked_to_stop():
+        if self.asked_to_stop():
             self.save(self.state(epoch, step + 1, keep))
-            self.stop(number)
-
-    def stop(self, number):
-        raise Stop(f"stopped, the state is in {self.checkpoint_path}: continue with --resume", 128 + number)
 
     def check(self):
         """Stop if the last step's values were not finite."""
@@ -575,21 +536,19 @@ class Run:
         self.sums, self.steps, self.last = {}, 0, None
         state = self.state(epoch + 1, 0, keep)  # first of all: the row, too, is that of a good network
         due = epoch + 1 == self.args.epochs or (epoch + 1) % self.args.eval_every == 0
-        memory = peak_memory()
         self.write(dict(epoch=epoch + 1, **means, lr=self.parts["optimizer"].param_groups[0]["lr"],
                         images_per_s=round(self.batch_size * self.here / seconds, 1),
-                        data_wait=round(self.waited / seconds, 4), peak_memory_gib=memory and round(memory, 3),
+                        data_wait=round(self.waited / seconds, 4), peak_memory_gib=peak_memory(),
                         knn=knn() if due else None, **notes, unreadable=len(self.train.unreadable)))
         self.save(state)
-        if number := self.asked_to_stop():
-            self.stop(number)
 
     def write(self, row):
         """Append one object to log.jsonl and print it as one line."""
         self.log.append(row)
         write_atomically(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.log).encode())
-        if self.board and rank() == 0:
-            self.board = self.board(self.folder) if isinstance(self.board, type) else self.board
+        if self.args.tensorboard and rank() == 0:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = self.board or SummaryWriter(self.folder)
             for name, value in row.items():
                 for place, number in enumerate(value if isinstance(value, list) else [value]):
                     if number is not None:
@@ -603,24 +562,23 @@ class Run:
         """backbone.pt: torchvision's key names, without fc."""
         weights = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
         refuse_not_finite(weights)
-        write_atomically(self.folder / "backbone.pt", file_of(weights))
+        write_atomically(self.folder / "backbone.pt", weights)
 
     def verdict(self):
         """The last lines of a run: what was reached against pixels and chance, and what to run next."""
-        first, last = (self.log[0], self.log[-1]) if self.log else ({}, {})  # rows may be lost
-        if last.get("knn") is None:
+        last = self.log[-1]["knn"] if self.log else None  # rows may be lost
+        if last is None:
             say(f"no labels, so no accuracy: look at {self.folder}/tree.png")
         else:
             say("\n" + f"{'kNN accuracy (%)':20}" + "".join(f"{len(c):>7} classes" for c in self.train.class_names))
-            before = {"raw pixels": first.get("knn_pixels"), "untrained network": first["knn"]}
-            before = before if first["epoch"] == 0 else {}
-            for name, values in {**before, "trained network": last["knn"]}.items():
-                if values:
-                    say(f"{name:20}" + "".join(f"{value:15.1f}" for value in values))
-            best = [max(v) for v in zip(*filter(None, before.values()))]
-            if best:
-                say(f"{'error, of before':20}" + "".join(f"{(100 - now) / max(100 - was, 1e-9):14.2f}x"
-                                                         for now, was in zip(last["knn"], best)))
+            first = self.log[0] if self.log[0]["epoch"] == 0 else {}
+            before = {"raw pixels": first.get("knn_pixels"), "untrained network": first.get("knn")}
+            before = {name: values for name, values in before.items() if values}
+            for name, values in {**before, "trained network": last}.items():
+                say(f"{name:20}" + "".join(f"{value:15.1f}" for value in values))
+            if before:
+                errors = [(100 - now) / max(100 - max(was), 1e-9) for now, *was in zip(last, *before.values())]
+                say(f"{'error, of before':20}" + "".join(f"{error:14.2f}x" for error in errors))
         if (self.folder / "tree.png").exists():
             say(f"\nthe learnt tree  {self.folder}/tree.png, and every picture's clusters in clusters.csv")
         say(f"the backbone     {self.folder}/backbone.pt\nnext             python eval_linear.py --run {self.folder}")
@@ -635,26 +593,29 @@ def refuse_existing(folder):
 CLAIMED = set()  # folders that this process has
 
 
-def claim(folder):
-    """Take the folder for this process alone, until it ends, however it ends; Stop where another one has it.
+def claim(folder, new):
+    """Create the folder, take it for this process until it ends, however it ends; Stop where another one has it.
 
     The lock is the system's and on the folder itself: nothing is left behind. Windows has none such: no claim there.
     """
-    try:
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(ImportError):
         import fcntl
-    except ImportError:
-        return
-    if folder.resolve() in CLAIMED:
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    os.register_at_fork(after_in_child=lambda: os.close(handle))  # a worker may outlive us, and must not hold it
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise Stop(f"{folder} is in use by another process: wait until that ends, or choose another --out") from error
-    except OSError:
-        pass  # a file system without locks
-    CLAIMED.add(folder.resolve())
+        if folder.resolve() not in CLAIMED:
+            CLAIMED.add(folder.resolve())
+            handle = os.open(folder, os.O_RDONLY)
+            os.register_at_fork(after_in_child=lambda: os.close(handle))  # a worker may outlive us
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise Stop(f"{folder} is in use by another process: wait until that ends, or choose another "
+                           "--out") from error
+            except OSError:
+                pass  # a file system without locks
+    if new:
+        refuse_existing(folder)  # a run that began, and perhaps ended, since we looked
+    for torn in folder.glob("*.tmp"):
+        torn.unlink()
 
 
 LOWER = "stopped, the last checkpoint is good; try a lower --base-lr or leave out --amp, in another --out"
@@ -674,31 +635,26 @@ def refuse_not_finite(state):
         raise Stop(f"{bad[0]}{more} after the last step: {LOWER}", code=1)
 
 
-def file_of(state):
-    """What torch.save writes, as bytes: on a full disk torch.save itself ends in an error that is no OSError."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getbuffer()
-
-
 def write_atomically(path, content):
-    """Rank 0: bytes to a temporary file beside `path`, flushed to disk, renamed over `path`."""
+    """Rank 0: bytes, or what torch.save makes of anything else, to a temporary file that is renamed over `path`."""
     if rank() > 0:
         return
+    buffer = io.BytesIO(content if isinstance(content, bytes) else b"")
+    if not isinstance(content, bytes):  # not to the file: on a full disk torch.save ends in an error that is no OSError
+        torch.save(content, buffer)
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as f:
-            f.write(content)
+            f.write(buffer.getbuffer())
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if not isinstance(error, OSError):
-            raise
+    except OSError as error:
         raise Stop(f"cannot write {path} ({error.strerror}): what was there before is intact, make room and start it "
                    "again (a run with --resume)", code=1) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_json(path, content):
@@ -744,8 +700,7 @@ def rows_of_log(path, epoch):
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError, TypeError, KeyError):  # a torn line
             row = json.loads(line)
-            if type(row["epoch"]) is int and all(isinstance(row[name] or [], list) for name in ("knn", "knn_pixels")
-                                                 if name in row):
+            if type(row["epoch"]) is int and isinstance(row["knn"], list | None):
                 rows[row["epoch"]] = row
     if lost := [str(e) for e in range(epoch + 1) if e not in rows]:
         say(f"{path} has lost what was logged of epoch {', '.join(lost)}: the run goes on without it")
@@ -758,13 +713,11 @@ def rows_of_log(path, epoch):
 def peak_memory():
     """GiB: the device's high-water mark on CUDA, else the process's; None where the system does not tell."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 2**30
-    try:
+        return round(torch.cuda.max_memory_allocated() / 2**30, 3)
+    with contextlib.suppress(ImportError):  # Windows
         import resource
-    except ImportError:  # Windows
-        return None
-    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 3)
 
 
 def feature_std(embedding):
