@@ -348,7 +348,8 @@ def decoded(images, requests, augmentations, workers):
     """
     loader = torch.utils.data.DataLoader(Crops(images, augmentations), batch_sampler=requests, num_workers=workers)
     mask = getattr(signal, "pthread_sigmask", lambda how, signals: None)  # Windows has none
-    resource_tracker.ensure_running()  # of spawned workers; its start unblocks signals
+    if workers and hasattr(signal, "pthread_sigmask"):
+        resource_tracker.ensure_running()  # spawned workers need it, and its start would unblock signals
     try:
         mask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # workers inherit it: these reach this process, which
         batches = iter(loader)  # finishes its step and saves
