@@ -60,10 +60,10 @@ def test_two_processes_reproduce_one(pair, pictures, tmp_path):
     one, two = log(tmp_path / "one"), log(folder)
     assert two[0]["knn"] == one[0]["knn"] and len(two) == len(one) == 3 and one[1].keys() == two[1].keys()
     for name, value in [*losses(one[1]).items(), ("feature_std", one[1]["feature_std"])]:
-        assert_close(two[1][name], value, rtol=1e-5, atol=0)
+        assert_close(two[1][name], value, rtol=1e-5, atol=1e-5 if name == "simsiam" else 0)  # a cosine, near 0
     assert one[1].get("clusters_in_use") == two[1].get("clusters_in_use")
     for name, value in losses(one[2]).items():
-        assert_close(two[2][name], value, rtol=0.05, atol=0)  # rounding grows from step to step
+        assert_close(two[2][name], value, rtol=0.05, atol=0.01 if name == "simsiam" else 0)  # rounding grows
     assert (folder / "tree.png").exists()
     assert len((folder / "clusters.csv").read_text().splitlines()) == IMAGES + 1
 
