@@ -126,15 +126,14 @@ def cost_table(costs, folder):
 
 
 def file_table(files, root):
-    """files: name -> what it is, in reading order. Lines of each, and those of `diff hirl_moco.py` to a sibling."""
+    """files: name -> what it is, in reading order. Lines of each, and of its `diff` to the script that it builds on."""
     lines = [["file", "lines", "diff", "what"], ["---"] * 4]
     for name, what in files.items():
-        if (root / name).exists():
-            script, differ = name.startswith("hirl_") or name in ("hcsc.py", "csml.py"), ""
-            if script and name != "hirl_moco.py":
-                found = subprocess.run(["diff", "hirl_moco.py", name], cwd=root, capture_output=True, text=True).stdout
-                differ = str(len(re.findall("^[<>]", found, re.M)))
-            lines.append([f"`{name}`", str(len((root / name).read_text().splitlines())), differ, what])
+        text, differ = (root / name).read_text(), ""
+        if found := re.search(r"^Changes relative to (\w+\.py)", text, re.M):
+            diff = subprocess.run(["diff", found[1], name], cwd=root, capture_output=True, text=True).stdout
+            differ = f"{len(re.findall('^[<>]', diff, re.M))}{f' to `{found[1]}`' * (found[1] != 'hirl_moco.py')}"
+        lines.append([f"`{name}`", str(len(text.splitlines())), differ, what])
     return markdown(lines)
 
 
