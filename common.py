@@ -241,19 +241,18 @@ def load_data(data, data_root="data", device="cpu", validation=False):
 
 
 def picture_files(root):
-    """Every picture under `root`, in order: each real folder once, however links may loop, but no folder of a run."""
+    """Yield every picture under `root`: each real folder once, however links may loop, but no folder of a run."""
     def refuse(error):
         raise Stop(f"cannot read the folder {error.filename} ({error.strerror}): check its permissions")
 
-    paths, seen = [], set()
+    seen = set()
     for where, folders, names in os.walk(root, onerror=refuse, followlinks=True):
         if os.path.realpath(where) in seen or {"config.json", "log.jsonl"} <= {*names}:
             folders.clear()  # go no deeper
             continue
         seen.add(os.path.realpath(where))
         folders.sort()
-        paths += [Path(where, n) for n in names if n.lower().endswith(PICTURES) and not n.startswith(".")]
-    return sorted(paths)
+        yield from (Path(where, n) for n in names if n.lower().endswith(PICTURES) and not n.startswith("."))
 
 
 def folder(root, class_names=None):
@@ -261,7 +260,7 @@ def folder(root, class_names=None):
 
     class_names: those of the training split, so that both number the classes alike.
     """
-    paths = picture_files(root)
+    paths = sorted(picture_files(root))
     if not paths:
         raise Stop(f"no pictures under {root}: it needs files that end in {' '.join(PICTURES)}")
     names = [re.sub(r"[\x00-\x1f]", "\ufffd", str(path.relative_to(root))) for path in paths]  # fit for one line
@@ -361,8 +360,8 @@ def decoded(images, requests, augmentations, workers):
     except Stop as stop:  # a worker's has its traceback before the sentence
         raise Stop(str(stop).split("common.Stop: ")[-1].strip()) from stop
     except (OSError, RuntimeError) as error:
-        raise Stop(f"a process that decodes pictures has ended ({str(error).splitlines()[0]}): give fewer --workers, "
-                   "or this machine more (shared) memory", code=1) from error
+        raise Stop(f"a process that decodes pictures has ended ({str(error).strip().splitlines()[-1]}): give fewer "
+                   "--workers, or this machine more (shared) memory", code=1) from error
 
 
 def batches(images, batch_size, augmentations, *, seed, epoch, start=0, device="cpu", workers=0):

@@ -32,7 +32,17 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import common
-from common import PICTURES, Stop, all_gather_rows, all_reduce_sum, differentiable_sum, local_rows, processes, rank
+from common import (
+    Stop,
+    all_gather_rows,
+    all_reduce_sum,
+    decode,
+    differentiable_sum,
+    local_rows,
+    picture_files,
+    processes,
+    rank,
+)
 
 TIMEOUT = timedelta(minutes=30)  # a process that is silent for longer is lost
 
@@ -255,12 +265,10 @@ def preset_of(data):
     """textures, cifar (pictures up to 64 px), photos (fewer than 100,000) or imagenet."""
     if data == "textures" or not Path(data).is_dir():
         return {"textures": "textures", "stl10": "photos"}.get(data, "cifar")
-    names = (Path(where) / n for where, _, ns in os.walk(data) for n in ns if n.lower().endswith(PICTURES))
-    many = list(itertools.islice(names, 100_000))
+    many = list(itertools.islice(picture_files(data), 100_000))
     try:
-        with Image.open(many[0]) as picture:
-            small = max(picture.size) <= 64
-    except (OSError, IndexError):
+        small = max(decode(many[0]).shape[1:]) <= 64
+    except Exception:  # no picture, or a damaged one: load_data will say so
         small = False
     return "cifar" if small else "photos" if len(many) < 100_000 else "imagenet"
 

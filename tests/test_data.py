@@ -1,4 +1,13 @@
-"""Pictures from folders: modes, labels, batches decoded on demand."""
+"""Pictures from folders: modes, labels, batches decoded on demand; damaged files, odd folders, ranks, workers."""
+
+import contextlib
+import functools
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -6,9 +15,12 @@ import torch
 import torch.nn as nn
 from conftest import BATCH, IMAGES, MODES, make_pictures, save_in_mode
 from PIL import Image
+from test_ranks import in_ranks
 from torch.testing import assert_close
 
 import common
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def test_pictures_of_two_seeds_differ(pictures):
@@ -80,3 +92,231 @@ def test_labels_are_read_coarse_to_fine(pictures):
     for name, (coarse, fine) in zip(train.names, train.labels.tolist()):
         assert name.startswith(train.class_names[1][fine] + "/")
         assert train.class_names[1][fine].startswith(train.class_names[0][coarse] + "/")
+
+
+# ---- what cannot be read
+
+
+def plain_folder(root, n, damaged=(), size=8):
+    """n pictures, the second one larger, so that they are decoded on demand; files of these numbers are damaged."""
+    root.mkdir()
+    for i in range(n):
+        Image.new("RGB", (size + (i == 1), size), (i % 256, 7 * i % 256, 90)).save(root / f"{i:03d}.png")
+    for i in damaged:
+        (root / f"{i:03d}.png").write_bytes(b"no picture")
+    return root
+
+
+def features_of(folder):
+    """What a rank knows after one pass over the pictures: its table, stand-ins, what it said, and how it ended."""
+    images, said = common.load_data(str(folder))[0], io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            x = common.extract_features(nn.Flatten(), images, 8)
+        ended = len(x)
+    except common.Stop as stop:
+        ended = str(stop)
+    return sorted(images.unreadable), images.index_of.tolist(), said.getvalue(), ended
+
+
+def test_ranks_know_all_unreadable_pictures_and_name_each_once(tmp_path):
+    folder = plain_folder(tmp_path / "pictures", 240, damaged=(10, 200))
+    one, two = in_ranks(functools.partial(features_of, folder), tmp_path)
+    assert one[0] == two[0] == [10, 200] and one[1] == two[1] and one[1][10] == 11 and one[1][200] == 201
+    assert [(one[2] + two[2]).count(f"neighbour: {i:03d}.png") for i in (10, 200)] == [1, 1]
+    assert one[3] == two[3] == 120
+    alone = features_of(folder)
+    assert alone[:3] == one[:3]
+
+
+def test_the_limit_of_unreadable_pictures_counts_those_of_all_ranks(tmp_path):
+    """Two of 240 are allowed; one rank meets one, the other two: both stop, with all three names."""
+    folder = plain_folder(tmp_path / "pictures", 240, damaged=(10, 150, 200))
+    for _, _, _, ended in in_ranks(functools.partial(features_of, folder), tmp_path):
+        assert "3 of 240 pictures cannot be read" in ended and "010.png, 150.png, 200.png" in ended
+
+
+@pytest.mark.parametrize("content", (b"BLP2" + bytes(60), b"\0\0\0\x1cftypavif" + bytes(40), b"", RuntimeError,
+                                     b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"))
+def test_whatever_a_damaged_file_raises_it_is_one_unreadable_picture(content, tmp_path, monkeypatch, capfd):
+    folder = plain_folder(tmp_path / "pictures", 20)
+    if content is RuntimeError:
+        opened = Image.open
+        monkeypatch.setattr(Image, "open", lambda path: 1 / 0 if "003" in str(path) else opened(path))
+    else:
+        (folder / "003.png").write_bytes(content)
+    images, _ = common.load_data(str(folder))
+    assert common.extract_features(nn.Flatten(), images, 8).shape == (20, 192)
+    assert list(images.unreadable) == [3] and torch.equal(images.picture(3), images.picture(4))
+    assert capfd.readouterr().err.count("neighbour: 003.png") == 1
+
+
+# ---- folders
+
+
+def test_each_real_folder_counts_once_however_links_loop(tmp_path):
+    make_pictures(tmp_path / "data", 6, seed=0)
+    names = [images.names for images in common.load_data(str(tmp_path / "data")) if images]
+    (tmp_path / "data" / "zz").symlink_to(tmp_path / "data", target_is_directory=True)
+    first = next(path for path in (tmp_path / "data").iterdir() if path.is_dir() and not path.is_symlink())
+    (first / "zz").symlink_to(tmp_path, target_is_directory=True)
+    assert [images.names for images in common.load_data(str(tmp_path / "data")) if images] == names
+
+
+def test_a_pipe_is_no_picture(tmp_path):
+    folder = plain_folder(tmp_path / "pictures", 6)
+    os.mkfifo(folder / "!.png")
+    code = f"import common; t = common.load_data({str(folder)!r})[0]; t.picture(0); print(common.readable(t, 0)[2])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert "no regular file" in done.stdout, done.stderr
+
+
+def test_folders_of_runs_are_never_data(tmp_path):
+    folder = plain_folder(tmp_path / "pictures", 6)
+    run = folder / "runs" / "hirl_moco-pictures-0"
+    run.mkdir(parents=True)
+    for name in ("config.json", "log.jsonl"):
+        (run / name).write_text("{}")
+    Image.new("RGB", (300, 200)).save(run / "tree.png")
+    train, _ = common.load_data(str(folder))
+    assert len(train) == 6 and train.labels is None
+
+
+def test_names_with_newlines_fit_into_one_line(tmp_path):
+    for name in ("a\nb", "c"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "x\ty.png")
+    train, _ = common.load_data(str(tmp_path))
+    assert train.names == ["a\ufffdb/x\ufffdy.png", "c/x\ufffdy.png"] and train.class_names == [["a\ufffdb", "c"]]
+    assert train.labels.tolist() == [[0], [1]]
+
+
+@pytest.mark.parametrize("large", (False, True))
+def test_the_fingerprint_follows_content_and_order_of_both_splits(large, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        for i in range(3):
+            pixels = np.arange(192, dtype=np.uint8).reshape(8, 8, 3) + 40 * i
+            Image.fromarray(np.tile(pixels, (20, 20, 1)) if large else pixels).save(tmp_path / split / f"{i}.png")
+
+    def fingerprint():
+        return common.load_data(f"{tmp_path}/")[0].fingerprint()
+
+    first = fingerprint()
+    assert first == fingerprint() and len(first) == 12
+    seen = {first}
+    for split in ("train", "val"):
+        a, b, c = (tmp_path / split / f"{i}.png" for i in range(3))
+        time.sleep(0.02)
+        Image.open(a).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(a)  # the same sum of pixels
+        seen.add(fingerprint())
+        b.rename(tmp_path / "x"), c.rename(b), (tmp_path / "x").rename(c)
+        seen.add(fingerprint())
+        c.unlink()
+        seen.add(fingerprint())
+    assert len(seen) == 7
+
+
+# ---- more ranks than pictures; one that downloads
+
+
+def accuracy(folder):
+    train, test = common.load_data(str(folder))
+    return common.knn_accuracy(train, test, lambda images: common.extract_features(nn.Flatten(), images, 16), k=3)
+
+
+@pytest.mark.parametrize("split", (True, False))
+def test_fewer_test_pictures_than_ranks(split, pictures, tmp_path):
+    """25 training pictures on 3 ranks, and 2 test pictures, or none but every tenth: as on one."""
+    make_pictures(tmp_path / "data" / "train", 25, seed=0)
+    if split:
+        make_pictures(tmp_path / "data" / "val", 25, seed=1)
+        for path in sorted((tmp_path / "data" / "val").rglob("*.png"))[2:]:
+            path.unlink()
+    expected = accuracy(tmp_path / "data")
+    assert in_ranks(functools.partial(accuracy, tmp_path / "data"), tmp_path, size=3) == [expected] * 3
+
+
+def download(folder):
+    """Load a fake CIFAR-10 that takes half a second to fetch, and say who fetched it."""
+    from torchvision import datasets
+
+    class Slow:
+        data, targets, classes = np.zeros((4, 8, 8, 3), np.uint8), [0, 1, 0, 1], ["a", "b"]
+
+        def __init__(self, root, train, download):
+            if not (folder / f"{train}").exists():
+                time.sleep(0.5)
+                with open(folder / "fetched", "a") as f:
+                    f.write(f"{common.rank()}")
+                (folder / f"{train}").touch()
+
+    datasets.CIFAR10 = Slow  # in a process of its own
+    return len(common.load_data("cifar10", str(folder))[0])
+
+
+def test_one_rank_downloads_while_the_others_wait(tmp_path):
+    assert in_ranks(functools.partial(download, tmp_path), tmp_path) == [4, 4]
+    assert (tmp_path / "fetched").read_text() == "00"  # both splits
+
+
+# ---- worker processes
+
+
+def one_epoch(images, workers):
+    view = common.Augmentation(size=8)
+    return [index for _, index, _ in common.batches(images, 4, [view], seed=0, epoch=0, workers=workers)]
+
+
+def kill_myself(path):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def no_room(images, i):
+    raise RuntimeError("unable to write to file </torch_1>: No space left on device (28)")
+
+
+@pytest.mark.parametrize("name, broken, words", (("decode", kill_myself, "DataLoader worker"),
+                                                 ("readable", no_room, "No space left on device")))
+def test_a_worker_that_ends_is_one_sentence(name, broken, words, tmp_path, monkeypatch):
+    images, _ = common.load_data(str(plain_folder(tmp_path / "pictures", 12)))
+    monkeypatch.setattr(common, name, broken)
+    with pytest.raises(common.Stop, match="give fewer --workers") as caught:
+        one_epoch(images, workers=1)
+    assert words in str(caught.value) and "\n" not in str(caught.value) and caught.value.code == 1
+
+
+def test_data_that_is_deleted_is_one_sentence(tmp_path):
+    folder = plain_folder(tmp_path / "pictures", 12)
+    images, _ = common.load_data(str(folder))
+    for path in folder.iterdir():
+        path.unlink()
+    for workers in (0, 1):
+        with pytest.raises(common.Stop, match="^no picture can be read from .*: mend or remove them$"):
+            one_epoch(images, workers)
+
+
+def test_workers_leave_ctrl_c_to_the_run(tmp_path):
+    """Spawned workers, interrupted while they start and while they work: the run notes it and gets all its batches."""
+    folder = plain_folder(tmp_path / "pictures", 64)
+    code = f"""if True:
+        import os, signal, sys, threading, time
+        if __name__ == "__main__":
+            import torch
+            sys.path.insert(0, {ROOT!r})
+            import common
+            noted = []
+            signal.signal(signal.SIGINT, lambda *_: noted.append(1))
+            torch.multiprocessing.set_start_method("spawn")
+            images, _ = common.load_data({str(folder)!r})
+            threading.Timer(0.5, os.killpg, (0, signal.SIGINT)).start()
+            view = common.Augmentation(size=8)
+            for step, _, _ in common.batches(images, 4, [view], seed=0, epoch=0, workers=2):
+                if step in (0, 3):
+                    os.killpg(0, signal.SIGINT)
+            print(step, len(noted))
+    """
+    (tmp_path / "run.py").write_text("\n".join(line[8:] for line in code.splitlines()[1:]))
+    done = subprocess.run([sys.executable, "run.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+                          start_new_session=True, env={**os.environ, "PYTHONPATH": ROOT})
+    assert done.stdout.split()[:1] == ["15"] and int(done.stdout.split()[1]) >= 2, done.stderr
