@@ -595,7 +595,10 @@ def render_view(images, draws, augmentation):
     Without a key "crop" the images are taken as cropped already (by a worker that decodes large pictures with the same
     `crop_boxes`) and must be size x size.
     """
-    size = augmentation.size
+    size, most = augmentation.size, max(1, 2**23 // (12 * augmentation.size**2))
+    if images.device.type == "cpu" and len(images) > most:  # 8 MB at a time, which caches hold
+        parts = zip(images.split(most), *(v.split(most) for v in draws.values()))
+        return torch.cat([render_view(part, dict(zip(draws, own)), augmentation) for part, *own in parts])
     d = {key: v.to(images.device, non_blocking=True) for key, v in draws.items()}
     if "shuffle" in d:
         images = images.gather(1, d["shuffle"][:, :, None, None].expand_as(images))
