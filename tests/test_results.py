@@ -3,6 +3,7 @@
 And what --validation, by which settings are chosen, evaluates on.
 """
 
+import argparse
 import json
 import re
 import shutil
@@ -136,3 +137,60 @@ def test_validation_of_textures_is_neither_training_nor_test():
     assert torch.equal(train.pixels, again.pixels) and torch.equal(test.labels, held_out.labels)
     seen = {bytes(picture.numpy()) for picture in torch.cat([train.pixels, test.pixels])}
     assert not any(bytes(picture.numpy()) in seen for picture in held_out.pixels)
+
+
+SCRIPT = """import json, pathlib, sys
+out, seed = (pathlib.Path(sys.argv[sys.argv.index(flag) + 1]) for flag in ("--out", "--seed"))
+if "--resume" not in sys.argv:
+    out.mkdir()
+    (out / "config.json").write_text(json.dumps(dict(command=sys.argv, data="/somewhere/cifar100")))
+    if seed.name == "1":
+        sys.exit(143)
+rows = [dict(epoch=0, knn=[1, 2, 3], knn_pixels=[1, 2, 3]), dict(epoch=1, knn=[50, 60 + int(seed.name), 70])]
+(out / "log.jsonl").write_text("\\n".join(map(json.dumps, rows)))
+"""
+EVALUATION = """import json, pathlib, sys
+results = dict(linear=[dict(last=80.0)])
+(pathlib.Path(sys.argv[sys.argv.index("--run") + 1]) / "eval.json").write_text(json.dumps(dict(results=results)))
+"""
+
+
+def test_what_was_stopped_goes_on_and_its_log_is_kept(tmp_path, monkeypatch):
+    """With scripts of a few lines: seed 0 ends at once, seed 1 is stopped and goes on with the second call."""
+    monkeypatch.syspath_prepend(ROOT / "results")
+    import reproduce as r
+
+    for name, text in {"hirl_moco.py": SCRIPT, "eval_linear.py": EVALUATION}.items():
+        (tmp_path / name).write_text(text)
+    for name in ("common.py", "plumbing.py", "textures.py"):
+        (tmp_path / name).write_text("")
+    monkeypatch.setattr(r, "ROOT", tmp_path)
+    r.bare.cache_clear()
+    first, second = (r.Run("textures", "hirl_moco.py --clusters 0", "", seed) for seed in (0, 1))
+    args = argparse.Namespace(cifar100="/somewhere/cifar100")
+    assert r.perform(first, args) and not r.perform(second, args)
+    assert r.read(first).measure("knn 1") == 60 and r.read(second) is None
+    assert r.perform(second, args)
+    log = r.read(second)
+    assert log.measure("knn 1") == 61 and log.measure("linear") == 80 and not r.is_earlier(second, log)
+    assert log.run["cpu_seconds"] >= 0
+    assert "/somewhere" not in (tmp_path / "results" / second.id / "config.json").read_text()
+    (tmp_path / "common.py").write_text("new = True")
+    r.bare.cache_clear()
+    assert r.is_earlier(second, log)
+
+
+@pytest.mark.parametrize(("differences", "text"), [
+    ([2.0, 2.0, 2.0], "helps +2.0 [+2.0, +2.0]"),
+    ([1.0, 2.0, 3.0], "+2.0 [-0.5, +4.5]"),  # 2 ± 4.303 * 1 / sqrt(3)
+    ([-1.0, -2.0, -1.0, -2.0, -1.5], "hurts -1.5 [-2.1, -0.9]"),  # 1.5 ± 2.776 * 0.5 / sqrt(5)
+    ([0.5], "+0.5, one seed")])
+def test_a_word_needs_an_interval_without_0(differences, text, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "results")
+    import tables
+
+    def log(value):
+        return tables.Log({}, [dict(knn=[value])], {})
+
+    plain = {seed: log(10.0) for seed in range(9)}
+    assert tables.difference({seed: log(10.0 + d) for seed, d in enumerate(differences)}, plain, "knn 0") == text
