@@ -466,7 +466,7 @@ def bad_inputs(run, tmp_path):
         "argument --lr: 1e+308 must be": ["--run", run, "--lr", 1e308],
         "argument --lr-head: 1e+300 must": ["--run", run, "--lr-head", 1e300],
         "argument --image-size": ["--run", run, "--image-size", 10**12],
-        "--seed 18446744073709551616 is out of range": ["--run", run, "--seed", 2**64],
+        "argument --seed: 18446744073709551616 must": ["--run", run, "--seed", 2**64],
         "of a training run ('9x9')": ["--run", tmp_path / "stem"],
         "invalid int value: 'large'": ["--run", tmp_path / "image_size"],
         "--data 7 does not exist": ["--run", tmp_path / "data", "--untrained"],
