@@ -79,7 +79,7 @@ def explanation(error):
     text, first = str(error), str(error).partition("\n")[0]
     lost = ("connection", "peer", "timed out", "gloo", "nccl", "watchdog", "abort") if processes() > 1 else ()
     if isinstance(error, Stop):
-        return error.code, text.split("Stop: ")[-1]  # without the traceback of a worker
+        return error.code, text
     for kind, words, code, sentence in (
             (KeyboardInterrupt, [""], 130, "interrupted: what was saved before is intact"),
             (BrokenPipeError, [""], 141, ""),  # as a tool that SIGPIPE ends
@@ -89,8 +89,8 @@ def explanation(error):
                                                    "--batch-size"),
             (RuntimeError, lost, 1, f"stopped because of another process ({first}): read what that one said, and "
                                     "continue with --resume"),
-            (RuntimeError, ["dataloader worker", "shared memory"], 1,
-             f"a worker that reads pictures was lost ({first}): give fewer --workers, or 0"),
+            (RuntimeError, ["kernel size", "too small"], 2,
+             f"the pictures are too small for this network ({first}): give a larger --image-size, or another --stem"),
             ((RuntimeError, MemoryError), ["allocate memory", "not enough memory", "overflow"], 2,
              f"a size is too large for this machine ({first}): give smaller numbers")):
         if isinstance(error, kind) and any(word in text.lower() for word in words):
@@ -183,7 +183,7 @@ def shared_arguments(description, presets):
     add("--arch", help="tiny, a torchvision model that ends in fc, as resnet50, or a ViT, as vit_b_16 (preset)")
     add("--stem", choices=["3x3", "3x3s2", "7x7"],
         help="a ResNet's first layer: 3x3 without max-pool, at stride 1 or 2, or torchvision's (preset)")
-    add("--image-size", type=positive(int), help="side of the views, pixels (preset)")
+    add("--image-size", type=positive(int, most=4096), help="side of the views, pixels (preset)")
     add("--dim", type=positive(int), default=128, help="width D of the embedding")
     add("--epochs", type=positive(int), help="passes over the data (preset)")
     add("--batch-size", type=positive(int), help="images a step, over all processes (preset)")

@@ -224,6 +224,7 @@ FAULTS = {  # name: (arguments after the usual ones, words the sentence must hol
     "one cluster": ("--clusters 5 1", "5 1 least 2"),
     "seed": (f"--seed {2**64}", "--seed"),
     "meta": ("--device meta", "--device meta cpu"),
+    "large pictures": (f"--image-size {10**9}", "--image-size at most"),
     "giant": ("--dim 1000000000", "too large"),
     "beyond giant": (f"--dim {10**20}", "--dim at most"),
     "weight decay": ("--weight-decay 1e308", "--weight-decay at most"),
@@ -379,6 +380,12 @@ def test_a_gradient_that_is_not_finite_is_never_saved(script, pictures, tmp_path
     assert state["epoch"] == 1 and all(value.isfinite().all() for value in state["model"].values())
     if script == "hirl_swav":
         assert "model.swav_prototypes = nan" in played.err
+
+
+def test_crops_too_small_for_the_network(pictures, tmp_path):
+    argv = arguments("hcsc", pictures, "run", image_size=1, stem="7x7") + ["--multi-crop"]
+    played = run(tmp_path, "hcsc", argv, code=2)
+    assert "too small" in played.err and "--image-size" in played.err and played.err.count("\n") == 1, played.err
 
 
 # ---- faults of what a run left
