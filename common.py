@@ -677,15 +677,16 @@ def nearest_listed(x, centroids, listed):
     """(n, D) rows, (n, T) ids -> (n,) the nearest of each row's list, by true differences; (n,) its distance^2, 0
     below a millionth of the centroid's length: that is rounding.
     """
-    label, least, rounding = [], [], 1e-12 * centroids.square().sum(1)
+    label, least = [], []
     step = max(1, (2**25 if centroids.is_cuda else 2**18) // x.shape[1])
     for y, ids in zip(x.split(step), listed.sort(1).values.split(step)):  # sorted: ties to the lowest id
         y = y.to(centroids)
         d2 = torch.stack([(y - centroids.index_select(0, column)).square_().sum(1) for column in ids.T], 1)  # (n, T)
-        value, place = d2.min(1)
-        label.append(ids.gather(1, place[:, None])[:, 0])
-        least.append(value.where(value > rounding[label[-1]], 0))
-    return torch.cat(label), torch.cat(least)
+        value, place = d2.min(1, keepdim=True)
+        label.append(ids.gather(1, place)[:, 0])
+        least.append(value[:, 0])
+    label, least = torch.cat(label), torch.cat(least)
+    return label, least.where(least > 1e-12 * centroids.square().sum(1)[label], 0)
 
 
 def cluster_sums(x, label, k):
