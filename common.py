@@ -795,13 +795,13 @@ def kmeans(x, k, *, iterations=20, seed=0, init=None, start_weight=None, exact=F
     centroids = first_centroids(x, total, k, init, start_weight, generator, device)
     quick, half = k >= 1000 and not exact, device.type == "cuda"
     more = quick and init is not None  # it is farther from the end than greedy seeds
-    passes, careful, top = iterations * 6 // 5 if more else iterations, half, 4 if quick or half else 1
+    passes, careful = iterations * 6 // 5 if more else iterations, half
     label, scan = torch.zeros(len(x), dtype=torch.long, device=device), True
     for step in itertools.count():
         last = step >= passes
         scan = scan or last or not quick or step % 6 == 0 or more and step == 1
         if scan:
-            listed = near_centroids(x, centroids, top, half)
+            listed = near_centroids(x, centroids, 4 if quick or careful else 1, half)
         if careful and scan:  # scores may err: true differences decide, and the label so far stays in the race
             listed = torch.cat([listed, label[:, None]], 1)
         new = listed[:, 0] if scan and not careful else nearest_listed(x, centroids, listed)[0]
@@ -816,12 +816,13 @@ def kmeans(x, k, *, iterations=20, seed=0, init=None, start_weight=None, exact=F
                 warnings.warn(f"k-means: only {k - len(empty)} distinct rows (to six digits) for {k} clusters")
                 break
             centroids[empty[:len(ids)]], own, place = take(x, ids)
-            label[place], careful, top = empty[own], True, 4  # scores cannot tell very close centroids apart
+            label[place] = empty[own]
         elif last:
             break
         elif step and scan and moved <= quick * total // 1000:
             passes = step  # only the last assignment is left
         scan = len(empty) > 0 or moved == 0  # the lists are out of date, or have nothing more to give
+        careful = half or len(empty) > 0  # scores cannot tell very close centroids apart
     return centroids, label
 
 
