@@ -107,9 +107,10 @@ def set_up(args):
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if several else device.index or 0)
             torch.cuda.set_device(device)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise Stop(f"--device {name} is not there ({str(error).splitlines()[0]}): use --device cpu") from error
+        torch.zeros(1, dtype=torch.float64, device=device).item()  # Apple's GPUs have none such
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise Stop(f"--device {name} is not there, or lacks something ({str(error).splitlines()[0]}): use --device "
+                   "cpu") from error
     if several and not dist.is_initialized():  # tensors on the CPU travel by gloo
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
@@ -221,7 +222,7 @@ def resolve_arguments(parser, presets, argv=None):
     if args.resume and (folder / "config.json").exists():
         defaults = saved_arguments(folder, script, parser)
         other = [f"--{name.replace('_', '-')} {defaults[name]}" for name in (given & {*defaults}) - {*MAY_DIFFER}
-                 if getattr(args, name) != defaults[name]]
+                 if getattr(args, name) not in (defaults[name], "auto")]
         if other:
             raise Stop(f"{folder} was started with {', '.join(other)}: resume with the same arguments, or choose "
                        "another --out")
@@ -234,6 +235,7 @@ def resolve_arguments(parser, presets, argv=None):
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     args.out, args.given, args.script = str(folder), sorted(given & {*vars(args)}), script
+    args.preset = defaults["preset"]  # also where the command line says auto
     return args
 
 
@@ -452,11 +454,14 @@ class Run:
             say("resumed with another " + ", ".join(f"{name} ({saved[name]} before)" for name in changed))
 
     def resume(self, device, **parts):
-        """Load the checkpoint, if there is one, into `parts` (model, optimizer) -> (epoch, step) to go on at, keep."""
+        """Load the checkpoint, if there is one, into `parts` (model, optimizer) -> (epoch, step) to go on at, keep.
+
+        It is read on the CPU; a Hierarchy goes to the device, a table and what Adam counts stay there, as at first.
+        """
         self.parts = parts
         if not self.checkpoint_path.exists():
             return 0, 0, None
-        state = load_file(self.checkpoint_path, device)
+        state = load_file(self.checkpoint_path)
         try:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
@@ -465,6 +470,8 @@ class Run:
             self.sums, keep = {name: float(total) for name, total in state["sums"].items()}, state["keep"]
             if not (keep is None or torch.is_tensor(keep) or [*map(type, keep)] == [list] * 4):
                 raise ValueError("no Hierarchy")
+            if isinstance(keep, tuple | list):
+                keep = tuple([level.to(device) for level in levels] for levels in keep)
         except Exception as error:  # torch raises many types for what it does not expect
             raise Stop(f"{self.checkpoint_path} is no checkpoint of this run ({type(error).__name__}): restore it from "
                        "a copy, or start again with another --out") from error
@@ -576,7 +583,7 @@ class Run:
         """The last lines of a run: what was reached against pixels and chance, and what to run next."""
         last = self.log[-1]["knn"] if self.log else None  # rows may be lost
         if last is None:
-            say(f"no labels, so no accuracy: look at {self.folder}/tree.png")
+            say("no labels, so no accuracy")
         else:
             say("\n" + f"{'kNN accuracy (%)':20}" + "".join(f"{len(c):>7} classes" for c in self.train.class_names))
             first = self.log[0] if self.log[0]["epoch"] == 0 else {}
@@ -676,8 +683,8 @@ def circumstances():
                 versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
 
 
-def load_file(path, device="cpu"):
-    """A torch file, tensors and plain containers only: nothing in it is ever executed, and every byte is checked."""
+def load_file(path):
+    """A torch file, on the CPU; tensors and plain containers only: nothing is ever executed, every byte is checked."""
     if not path.is_file():
         raise Stop(f"{path} is not there, or no file: check the path")
     try:
@@ -687,7 +694,7 @@ def load_file(path, device="cpu"):
                     raise ValueError(damaged)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location=device, weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated, damaged, foreign, malicious: torch raises many types
         raise Stop(f"{path} is not a readable checkpoint ({type(error).__name__}): restore it from a copy or give "
                    "another") from error
@@ -812,11 +819,16 @@ def draw_tree(images, assign, own, paths, columns):
 
 
 def describe(images, members, width=16):
-    """The commonest label of these pictures and its share, at the finest level that half of them share."""
+    """The commonest label of these pictures and its share of the labels, at the finest level that half of them share.
+    """
     best = []
     for level, names in enumerate(images.class_names if images.labels is not None else ()):
-        counts = torch.bincount(images.labels[members, level].clamp(min=0), minlength=len(names))
-        share = counts.max().item() / len(members)
+        known = images.labels[members, level]
+        known = known[known >= 0]  # STL-10: most pictures carry no label
+        if len(known) == 0:
+            continue
+        counts = torch.bincount(known, minlength=len(names))
+        share = counts.max().item() / len(known)
         if not best or share >= 0.5:
             name = "".join(c if c.isprintable() else "?" for c in names[int(counts.argmax())].split("/")[-1])
             best = [name if len(name) <= width else name[:width - 1] + "…", f"{100 * share:.0f} %"]

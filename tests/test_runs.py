@@ -456,6 +456,36 @@ def test_a_checkpoint_of_wrong_types_is_no_run(name, value, stopped, tmp_path):
     assert plumbing.Run.resume(here, "cpu", model=model, optimizer=optimizer)[:2] == (1, 2)
 
 
+def test_a_resumed_state_goes_where_it_was(tmp_path):
+    """On any device: neighbours are drawn, and Adam's steps are counted, on the CPU; the tree is on the device."""
+    here = SimpleNamespace(checkpoint_path=tmp_path / "checkpoint.pt", folder=tmp_path, args=SimpleNamespace(epochs=3))
+    model = torch.nn.Linear(2, 2)
+    optimizer, table, tree = torch.optim.AdamW(model.parameters()), torch.arange(6).view(3, 2), ([torch.ones(2)],) * 4
+    model(torch.ones(2)).sum().backward()
+    optimizer.step()
+    for keep in (table, tree, None):
+        torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), epoch=1, step=0, steps=0, sums={},
+                        keep=keep), tmp_path / "checkpoint.pt")
+        fresh = torch.optim.AdamW(model.parameters())
+        *_, kept = plumbing.Run.resume(here, "meta", model=model, optimizer=fresh)
+        assert {value.device.type for state in fresh.state.values() for value in state.values()} == {"cpu"}
+        if keep is tree:
+            assert [level.device.type for levels in kept for level in levels] == ["meta"] * 4
+        else:
+            assert same(kept, keep)
+
+
+def test_preset_auto_may_be_said(stopped, monkeypatch):
+    assert parse(monkeypatch, stopped, "--preset", "auto").preset == "cifar"
+    assert hirl_moco.parse_args(["--preset", "auto"]).preset == "textures"
+
+
+def test_pictures_without_a_label_name_no_cluster():
+    images = common.Images(list("abcd"), torch.tensor([[-1], [-1], [1], [-1]]), [["airplane", "bird"]])
+    assert plumbing.describe(images, torch.arange(4)) == ["bird", "100 %"]
+    assert plumbing.describe(images, torch.tensor([0, 3])) == []
+
+
 @pytest.mark.parametrize("left", (b"", b'{"epoch": 0, "knn"\n{"epoch": "1"}\n[]\n'))
 def test_a_lost_log_is_said(left, stopped, tmp_path):
     """What was logged before is not there, and no row of the trained network stands in for the untrained one's."""
