@@ -1203,19 +1203,6 @@ def drop_path(backbone, rate, views, batch_size, generator):
     return (kept / (1 - chance).clamp(min=1e-6))[..., local_rows(batch_size)].to(backbone.class_token.device)
 
 
-def sincos_positions(rows, columns, width):
-    """MoCo v3's fixed positions (1, 1 + rows * columns, width): 0 for the class token, then row by row.
-
-    A quarter of the width each: sin and cos of the row, sin and cos of the column, frequencies 1 to 1/10000. The
-    release mixes the two axes up, which only a grid that is no square can tell.
-    """
-    frequency = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    angles = [axis.flatten()[:, None] * frequency for axis in (row, column)]  # (rows * columns, width / 4) each
-    grid = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
-    return torch.cat([torch.zeros(1, width), grid.float()])[None]
-
-
 STEMS = {"3x3": 1, "3x3s2": 2, "7x7": None}  # stride of a 3x3 first convolution without max-pool; torchvision's own
 
 

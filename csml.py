@@ -308,9 +308,9 @@ def main(args):
         # ---- [method] neighbours of the epochs to come
         if neighbours and epoch % args.refresh_every == 0 and start_step == 0:
             x = F.normalize(features(clustered, train), dim=1)
-            table = common.all_gather_rows(common.nearest_neighbours(x, neighbours)).cpu()
+            table = common.all_gather_rows(common.nearest_neighbours(x, neighbours))
         if neighbours:  # one drawn anew for each visit
-            train.partner = draw_neighbours(table, common.random_state(args.seed, epoch, "neighbour"))
+            train.partner = draw_neighbours(table.cpu(), common.random_state(args.seed, epoch, "neighbour"))
 
         # ---- [shared] batches
         batches = common.batches(train, batch_size, views, seed=args.seed, epoch=epoch, start=start_step, device=device,
@@ -323,7 +323,7 @@ def main(args):
             plumbing.set_lr(optimizer, 0.5 * peak_lr * (1 + math.cos(math.pi * done)))
 
             # ---- [method] queries and keys
-            views_q, views_k = [*crops[0::2]], [*crops[1::2]]  # of the image, then of its neighbour
+            views_q, views_k = [*crops[0::2]], torch.cat(crops[1::2])  # of the image, then of its neighbour
             if neighbours:
                 mixed, lam = cutmix(*views_q, common.random_state(*place, "cutmix"))
                 views_q.append(mixed)
@@ -331,7 +331,7 @@ def main(args):
                 raw = encode_q(torch.cat(views_q)).float()  # (3B, D)
                 with torch.no_grad():  # no gradient to keys
                     model.update_key_encoder(args.ema_momentum)  # before encoding
-                    raw_k = plumbing.keys(encode_k, torch.cat(views_k), args.bn, common.random_state(*place, "shuffle"))
+                    raw_k = plumbing.make_keys(encode_k, views_k, args.bn, common.random_state(*place, "shuffle"))
             qs, ks = (unit_rows(x.float(), args.dim).unflatten(0, (-1, len(index))) for x in (raw, raw_k))
             k = ks[0]  # of qs (3, B, D) and ks (2, B, D), the image's: the one that is queued
 

@@ -32,7 +32,8 @@ Differs from paper or released code
   small crops   (--multi-crop) as released: summed over crops (H11); they share the draw of instances, not that of
                 prototypes. Do they select instances? The released multi-crop configuration sets selection_on_local: 1,
                 but the training script never reads that file and has it off by default. --local-selection: on
-  prototype     an image's own is that of the epoch's k-means, and its ancestors, not the most similar at each level
+  prototype     as released: an image's own is k-means' and its ancestors, not the most similar at each level (H8);
+                phi above level 0 is over child prototypes, not images (H9), all phi with PCL's clip and scale (H10)
   lr, presets   cosine per step, per epoch in the release; presets below ImageNet change as in hirl_moco.py
 
 In the log  moco without a tree; with it instance and prototype, of small crops _local; dropped_l, what draws leave out.
@@ -204,8 +205,7 @@ def hcsc_terms(queries, k, queue, hierarchy, index, instance_masks, prototype_ma
     losses = {}
     for crop, (q, masks) in enumerate(zip(queries, prototype_masks)):
         selected = instance_masks if crop == 0 or local_selection else None
-        terms = hcsc_loss(q, k, queue, hierarchy, index, selected, masks, temperature, reading)
-        for name, term in terms.items():
+        for name, term in hcsc_loss(q, k, queue, hierarchy, index, selected, masks, temperature, reading).items():
             name = f"{name}_local" if crop else name
             losses[name] = losses.get(name, 0) + term
     return losses
@@ -297,7 +297,7 @@ def main(args):
                 raw = encode_q(crops[0]).float()  # (B, D)
                 with torch.no_grad():  # no gradient to keys
                     model.update_key_encoder(args.ema_momentum)  # before encoding
-                    k = plumbing.keys(encode_k, crops[1], args.bn, common.random_state(*place, "shuffle")).float()
+                    k = plumbing.make_keys(encode_k, crops[1], args.bn, common.random_state(*place, "shuffle")).float()
             q, k = F.normalize(raw, dim=1), F.normalize(k, dim=1)
 
             # ---- [method] losses, of view 0 and of small crops (--multi-crop): the queue is that of before this step

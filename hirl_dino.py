@@ -37,11 +37,13 @@ Differs from paper (P), DINO's code (D), HIRL's release (H); who does as this sc
   D7      the levels' heads decay like the rest; H by a constant 0.01, biases too
   D8 DH   positions for local crops are interpolated up to a tenth of a patch off, to fit their weights
   D9 DH   the mean over pairs of crops; P the sum
-  D10 D   crops of one size go through the trunk together; H global and local apart, which batch norm can tell
+  D10 D   all crops go through the projector together; H global and local apart, which batch norm there can tell
   D11 P   T_t rises over a tenth of the epochs (30 of 300); D and H 50 of 400 for ViT-B
   D12     --amp or not for base and HIRL alike; H fp16 without, fp32 with hierarchy
   small   DEVIATION on textures: a centre that balances the batch (--centering sinkhorn, as in SwAV and DINOv2),
-          batch norm in the projector, SGD; in 800 steps the running mean collapses or learns little
+          batch norm in the projector, SGD; in 800 steps the running mean collapses or learns little.
+          cifar: a ViT that starts as torchvision's (--init-std 0)
+  crops   are resized bilinearly; D and H bicubically
 """
 
 # ---- [method] import
@@ -93,6 +95,7 @@ def dino_arguments():
     p = plumbing.shared_arguments(__doc__, PRESETS)
     add, count, above = p.add_argument, plumbing.positive(int, zero=True), plumbing.positive(float)
     number, share = (plumbing.positive(float, zero=True, most=most) for most in (math.inf, 1))
+    add("--dim", type=plumbing.positive(int), help="width D of the embedding (preset)")
     add("--projector", choices=["mlp", "mlp-bn"], help="three linear layers, or with batch norm between (preset)")
     add("--hidden", type=plumbing.positive(int), help="width of the projector's hidden layers (preset)")
     add("--init-std", type=number, help="of initial matrices and tokens (DINO: 0.02), 0: torchvision's (preset)")
@@ -106,7 +109,7 @@ def dino_arguments():
     add("--temperature-warmup", type=share, default=0.1, help="share of the epochs in which T_t moves (30 of 300)")
     add("--centering", choices=["mean", "sinkhorn"], help="a running mean, or what balances the batch (preset)")
     add("--center-momentum", type=share, default=0.9, help="of the running mean (DINO)")
-    add("--ema-momentum", type=share, help="m at the start, then by cosine to 1: theta_t <- m theta_t + (1-m) theta_s")
+    add("--ema-momentum", type=share, help="m, rising to 1 by cosine: theta_t <- m theta_t + (1-m) theta_s (preset)")
     add("--optimizer", choices=["adamw", "sgd"], help="AdamW, or SGD with momentum 0.9 (preset)")
     add("--lr-warmup", type=share, help="share of the run in which lr rises from 0 to its peak (preset)")
     add("--final-lr", type=number, help="lr at the end, not scaled by the batch (preset)")
@@ -223,7 +226,7 @@ def moved_center(center, teacher, momentum):
 def balancing_center(teacher, temperature, iterations=3):
     """The centre c (P,) with which softmax((t - c) / T) of the logits t (..., P) uses all P outputs about equally.
 
-    Sinkhorn's scaling of columns over all processes, as in SwAV and DINOv2. DEVIATION (DINO, iBOT): for small data.
+    Sinkhorn's scaling over all processes, as in SwAV and DINOv2 but rows first. DEVIATION (DINO, iBOT): for small data.
     """
     logits = teacher.flatten(0, -2) / temperature  # (n, P)
     center = logits.new_zeros(logits.shape[1])
@@ -340,16 +343,16 @@ def main(args):
                 with torch.no_grad():  # no gradient to the teacher, which sees the global crops alone
                     raws_t = teacher(torch.cat(crops[:2])).float().unflatten(0, (2, -1))  # (2, b, D)
             raw = raws[0]
-            student = model.student.logits(raws, frozen=epoch < args.freeze_last_layer)  # (V, b, P)
-            targets = model.teacher.logits(raws_t)  # (2, b, P)
+            s = model.student.logits(raws, frozen=epoch < args.freeze_last_layer)  # (V, b, P)
+            t = model.teacher.logits(raws_t)  # (2, b, P)
 
             # ---- [method] base loss
-            center = model.center if args.centering == "mean" else balancing_center(targets, temperature)
-            losses = {"dino": dino_loss(student, targets, center, args.temperature, temperature)}
+            center = model.center if args.centering == "mean" else balancing_center(t, temperature)
+            losses = {"dino": dino_loss(s, t, center, args.temperature, temperature)}
             watched = {"feature_std": plumbing.feature_std(F.normalize(raw, dim=1)),
-                       **plumbing.use_of_outputs(F.softmax((targets - center) / temperature, dim=-1), model.chosen, now,
+                       **plumbing.use_of_outputs(F.softmax((t - center) / temperature, dim=-1), model.chosen, now,
                                                  steps_per_epoch)}
-            model.center.copy_(moved_center(model.center, targets, args.center_momentum))
+            model.center.copy_(moved_center(model.center, t, args.center_momentum))
 
             # ---- [shared: hirl] path loss
             if hierarchy:

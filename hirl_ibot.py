@@ -22,7 +22,7 @@ one GPU                     python hirl_ibot.py --data cifar100 --amp --compile
 paper scale, 8 GPUs         torchrun --nproc-per-node=8 hirl_ibot.py --data /imagenet --amp
 
 Changes relative to hirl_dino.py (whose symbols and log these are): always a ViT; masks for the student, a learnt
-vector in place of a masked patch; S patches, their loss and centre c'. D1-D12 hold, and small: DEVIATION on textures
+vector in place of a masked patch; S patches, their loss and centre c'. D1-D12, small, crops hold: DEVIATION on textures
 also a weak patch loss, since there a patch's colours give it away, and a ViT that starts as torchvision's.
 
 Differs from paper (P), iBOT's code (I), HIRL's release (H); who does as this script, what the others do
@@ -83,6 +83,7 @@ def dino_arguments():
     p = plumbing.shared_arguments(__doc__, PRESETS)
     add, count, above = p.add_argument, plumbing.positive(int, zero=True), plumbing.positive(float)
     number, share = (plumbing.positive(float, zero=True, most=most) for most in (math.inf, 1))
+    add("--dim", type=plumbing.positive(int), help="width D of the embedding (preset)")
     add("--projector", choices=["mlp", "mlp-bn"], help="three linear layers, or with batch norm between (preset)")
     add("--hidden", type=plumbing.positive(int), help="width of the projector's hidden layers (preset)")
     add("--init-std", type=number, help="of initial matrices and tokens (DINO: 0.02), 0: torchvision's (preset)")
@@ -96,7 +97,7 @@ def dino_arguments():
     add("--temperature-warmup", type=share, default=0.1, help="share of the epochs in which T_t moves (30 of 300)")
     add("--centering", choices=["mean", "sinkhorn"], help="a running mean, or what balances the batch (preset)")
     add("--center-momentum", type=share, default=0.9, help="of the running mean (DINO)")
-    add("--ema-momentum", type=share, help="m at the start, then by cosine to 1: theta_t <- m theta_t + (1-m) theta_s")
+    add("--ema-momentum", type=share, help="m, rising to 1 by cosine: theta_t <- m theta_t + (1-m) theta_s (preset)")
     add("--optimizer", choices=["adamw", "sgd"], help="AdamW, or SGD with momentum 0.9 (preset)")
     add("--lr-warmup", type=share, help="share of the run in which lr rises from 0 to its peak (preset)")
     add("--final-lr", type=number, help="lr at the end, not scaled by the batch (preset)")
@@ -265,7 +266,7 @@ def moved_center(center, teacher, momentum):
 def balancing_center(teacher, temperature, iterations=3):
     """The centre c (P,) with which softmax((t - c) / T) of the logits t (..., P) uses all P outputs about equally.
 
-    Sinkhorn's scaling of columns over all processes, as in SwAV and DINOv2. DEVIATION (DINO, iBOT): for small data.
+    Sinkhorn's scaling over all processes, as in SwAV and DINOv2 but rows first. DEVIATION (DINO, iBOT): for small data.
     """
     logits = teacher.flatten(0, -2) / temperature  # (n, P)
     center = logits.new_zeros(logits.shape[1])
@@ -384,26 +385,25 @@ def main(args):
             branches = common.drop_path(model.student.backbone, args.drop_path, len(views), batch_size,
                                         common.random_state(*place, "drop path"))
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                raws, patches = encode_crops(model.student, crops, masks.flatten(0, 1), model.mask_token,
-                                             branches)
+                raws, patches = encode_crops(model.student, crops, masks.flatten(0, 1), model.mask_token, branches)
                 with torch.no_grad():  # no gradient to the teacher, which sees the global crops alone, and whole
                     raws_t, patches_t = encode_crops(model.teacher, crops[:2])  # (2, b, D), (2, b, S, D)
             raw, frozen, masks = raws[0].float(), epoch < args.freeze_last_layer, masks.flatten(2)  # masks (2, b, S)
-            student, patches = (model.student.logits(x.float(), frozen) for x in (raws, patches))  # (V, b, P) and
-            targets, patches_t = (model.teacher.logits(x.float()) for x in (raws_t, patches_t))  # (2, b, S, P) each
+            s, s_patch = (model.student.logits(x.float(), frozen) for x in (raws, patches))  # (V, b, P), (2, b, S, P)
+            t, t_patch = (model.teacher.logits(x.float()) for x in (raws_t, patches_t))  # (2, b, P), (2, b, S, P)
 
             # ---- [method] base loss
             balance = args.centering == "sinkhorn"
-            center = balancing_center(targets, temperature) if balance else model.center
-            patch_center = balancing_center(patches_t[masks], temperature) if balance else model.patch_center
-            losses = {"dino": dino_loss(student, targets, center, args.temperature, temperature),
-                      "patch": args.patch_weight * patch_loss(patches, patches_t, masks, patch_center, args.temperature,
+            center = balancing_center(t, temperature) if balance else model.center
+            patch_center = balancing_center(t_patch[masks], temperature) if balance else model.patch_center
+            losses = {"dino": dino_loss(s, t, center, args.temperature, temperature),
+                      "patch": args.patch_weight * patch_loss(s_patch, t_patch, masks, patch_center, args.temperature,
                                                               temperature)}
             watched = {"feature_std": plumbing.feature_std(F.normalize(raw, dim=1)),
-                       **plumbing.use_of_outputs(F.softmax((targets - center) / temperature, dim=-1), model.chosen, now,
+                       **plumbing.use_of_outputs(F.softmax((t - center) / temperature, dim=-1), model.chosen, now,
                                                  steps_per_epoch)}
-            model.center.copy_(moved_center(model.center, targets, args.center_momentum))
-            model.patch_center.copy_(moved_center(model.patch_center, patches_t, args.center_momentum))
+            model.center.copy_(moved_center(model.center, t, args.center_momentum))
+            model.patch_center.copy_(moved_center(model.patch_center, t_patch, args.center_momentum))
 
             # ---- [shared: hirl] path loss
             if hierarchy:

@@ -214,7 +214,7 @@ def main(args):
                 raw = encode_q(crops[0]).float()  # (B, D)
                 with torch.no_grad():  # no gradient to keys
                     model.update_key_encoder(args.ema_momentum)  # before encoding
-                    k = plumbing.keys(encode_k, crops[1], args.bn, common.random_state(*place, "shuffle")).float()
+                    k = plumbing.make_keys(encode_k, crops[1], args.bn, common.random_state(*place, "shuffle")).float()
             q, k = F.normalize(raw, dim=1), F.normalize(k, dim=1)
 
             # ---- [method] base loss

@@ -4,8 +4,8 @@
 # ///
 """HIRL on MoCo v3: the batch's own keys instead of a queue, ResNet or ViT (HIRL 2205.13159, MoCo v3 2104.02057).
 
-    1  q_i = normalise(predictor(encoder_q(view i))), k_i = normalise(encoder_k(view i)), i = 0, 1
-    2  MoCo v3: q_0 picks k_1 out of the keys of the whole batch, and q_1 picks k_0            contrast
+    1  q1, q2 = normalise(predictor(encoder_q(view))), k1, k2 = normalise(encoder_k(view)) of views 0 and 1
+    2  MoCo v3: q1 picks k2 out of the keys of the whole batch, and q2 picks k1                contrast
     3  once an epoch, after a warm-up: key features of all images -> k-means -> k-means of its
        centres -> ..., a tree of prototypes c^l whose level 0 is the finest         hierarchical_kmeans
     4  one small head a level turns view 0's query before the predictor into z^l
@@ -18,7 +18,7 @@ the same without hierarchy  python hirl_mocov3.py --clusters 0
 one GPU                     python hirl_mocov3.py --data cifar100 --amp --compile
 paper scale, ViT-B/16       torchrun --nproc-per-node=8 hirl_mocov3.py --data /imagenet --amp
 MoCo v3's ResNet-50         ... --arch resnet50 --projector-layers 2 --optimizer lars --base-lr 0.3 --weight-decay 1e-6
-                            --temperature 1 --epochs 300 --lr-warmup 0.033
+                            --temperature 1 --epochs 300 --lr-warmup 0.033 (its crops: from 0.2 of a picture on)
 
 Symbols  q, k query and key (B, D)     m the key encoder's rate  L levels, 0 the finest      K_l = --clusters
          z level embeddings (B, L, D)  c prototypes[l] (K_l, D)  assign[l] image -> cluster (released
@@ -137,6 +137,19 @@ class Encoder(nn.Module):
 
 
 # ---- [method] ViT
+def sincos_positions(rows, columns, width):
+    """MoCo v3's fixed positions (1, 1 + rows * columns, width): 0 for the class token, then row by row.
+
+    A quarter of the width each: sin and cos of the row, sin and cos of the column, frequencies 1 to 1/10000. The
+    release mixes the two axes up, which only a grid that is no square can tell.
+    """
+    frequency = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    angles = [axis.flatten()[:, None] * frequency for axis in (row, column)]  # (rows * columns, width / 4) each
+    grid = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
+    return torch.cat([torch.zeros(1, width), grid.float()])[None]
+
+
 @torch.no_grad()
 def prepare_vit(vit, image_size, freeze_patches):
     """MoCo v3's start: Xavier uniform weights, no biases, sin-cos positions that stay (section 5), a small class token;
@@ -155,7 +168,7 @@ def prepare_vit(vit, image_size, freeze_patches):
     vit.conv_proj.requires_grad_(not freeze_patches)
     nn.init.normal_(vit.class_token, std=1e-6)
     side = image_size // vit.patch_size
-    vit.encoder.pos_embedding.copy_(common.sincos_positions(side, side, vit.hidden_dim)).requires_grad_(False)
+    vit.encoder.pos_embedding.copy_(sincos_positions(side, side, vit.hidden_dim)).requires_grad_(False)
 
 
 # ---- [method] heads
@@ -251,8 +264,8 @@ def main(args):
     encoder = Encoder(backbone, mlp(width, *hidden, args.dim, last_norm=True))
     predictor = mlp(args.dim, args.head_width, args.dim, last_norm=args.projector_layers > 2)
     model = MoCoV3(encoder, predictor)
-    model.heads = nn.ModuleList(level_head(args.dim, args.head_layers) for _ in clusters)  # last: the rest starts as
-    plumbing.sync_batch_norm(model)  # without them; under torchrun; one process has nothing to synchronise
+    model.heads = nn.ModuleList(level_head(args.dim, args.head_layers) for _ in clusters)  # last, as in hirl_moco.py
+    plumbing.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
     model.to(device, memory_format=torch.channels_last)
     encode_q, encode_k = (torch.compile(encoder) if args.compile else encoder
                           for encoder in (model.encoder_q, model.encoder_k))

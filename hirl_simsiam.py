@@ -4,12 +4,12 @@
 # ///
 """HIRL on SimSiam: no negatives, no queue, no slow encoder (HIRL 2205.13159, SimSiam 2011.10566).
 
-    1  z_i = projector(backbone(view i)), p_i = predictor(z_i): each view its own forward pass
+    1  projection z = projector(backbone(view)), prediction p = predictor(z), a forward pass a view
     2  SimSiam: p of one view points where z of the other does, and no gradient reaches that z; the
        predictor and this stop-gradient alone keep z from collapsing to one point        simsiam_loss
     3  once an epoch, after a warm-up: z of all images, in evaluation mode -> k-means -> k-means of
        its centres -> ..., a tree of prototypes c^l, level 0 the finest           hierarchical_kmeans
-    4  one small head a level turns z of view 0, with its gradient, into z^l
+    4  one small head a level turns z of view 0, with its gradient, into z^l, level embeddings
     5  HIRL: the image scores high on its own path of the tree, S = prod_l (1 + z^l.c^l)/2, and low
        on random other paths                                                       semantic_path_loss
     6  step on SimSiam + HIRL; the predictor keeps its learning rate, the rest follows the cosine
@@ -19,8 +19,8 @@ the same without hierarchy  python hirl_simsiam.py --clusters 0
 one GPU                     python hirl_simsiam.py --data cifar100 --amp --compile
 paper scale, 8 GPUs         torchrun --nproc-per-node=8 hirl_simsiam.py --data /imagenet --amp
 
-Symbols  p, z predictions and projections (V, B, D), V = 2 views   L levels, 0 the finest   K_l = --clusters
-         z level embeddings (B, L, D)  c prototypes[l] (K_l, D)  assign[l] image -> cluster (released
+Symbols  p, z predictions, projections (V, B, D), V = 2 views   L levels, 0 the finest   K_l = --clusters
+         z^l level embeddings (B, L, D)  c prototypes[l] (K_l, D)  assign[l] image -> cluster (released
          code: im2cluster)             parent[l] cluster -> cluster one level up (cluster2cluster)
 
 Is it learning?  The loss lies between 0 (nothing in common) and -1. A fall to -1 at once, with feature_std
@@ -225,12 +225,12 @@ def main(args):
 
             # ---- [method] projections and predictions
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                z = torch.stack([encode(view) for view in crops])  # (V, B, D); batch norm sees one view at a time
-                p = torch.stack([model.predictor(one) for one in z]).float()  # (V, B, D)
-            raw = z[0].float()  # (B, D), with its gradient
+                projections = torch.stack([encode(view) for view in crops])  # (V, B, D); a view is a batch of its own
+                predictions = torch.stack([model.predictor(z) for z in projections]).float()  # (V, B, D)
+            raw = projections[0].float()  # (B, D), with its gradient
 
             # ---- [method] base loss
-            losses = {"simsiam": simsiam_loss(p, z.float())}
+            losses = {"simsiam": simsiam_loss(predictions, projections.float())}
             watched = {"feature_std": plumbing.feature_std(F.normalize(raw, dim=1))}
 
             # ---- [shared: hirl] path loss

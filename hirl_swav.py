@@ -44,8 +44,7 @@ Differs from paper or released code
   sinkhorn      in logarithms: same numbers, but no prototype's mass can underflow to 0 / 0
   warm-up       of the lr, a share of the run (--lr-warmup) in place of 10 epochs: it shrinks with --epochs
   small data    presets below ImageNet train by SGD without LARC. At 32 px epsilon is 0.02: at few steps and small
-                batches softer assignments hardly tell images apart (textures, 8 epochs, two local crops, kNN:
-                66 / 40 / 32 % with 0.05 and a queue of 256, 93 / 58 / 49 % with 0.02 and no queue)
+                batches softer assignments hardly tell images apart
   path loss, phi as in hirl_moco.py; lr: per step, as in SwAV
 """
 

@@ -391,7 +391,7 @@ def sync_batch_norm(module):
     return module
 
 
-def keys(encode, view, bn, generator):
+def make_keys(encode, view, bn, generator):
     """encode(view), keys (b, D) of the views (b, 3, S, S); bn "shuffle": in batches mixed across processes (MoCo's
     shuffled BN), so that a batch's statistics do not tell which key belongs to which query.
     """

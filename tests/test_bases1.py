@@ -608,7 +608,7 @@ def test_mocov3_on_a_vit(tmp_path, pictures):
         start, _ = common.backbone("vit-4-32-2", "3x3", 16)
         hirl_mocov3.prepare_vit(start, 16, True)
         weights = saved(folder, "backbone.pt")
-        assert torch.equal(weights["encoder.pos_embedding"], common.sincos_positions(4, 4, 32))
+        assert torch.equal(weights["encoder.pos_embedding"], hirl_mocov3.sincos_positions(4, 4, 32))
         assert torch.equal(weights["conv_proj.weight"], start.conv_proj.weight) != bool(switches)
         assert not torch.equal(weights["class_token"], start.class_token)
         network = torchvision.models.VisionTransformer(16, 4, 2, 1, 32, 128)

@@ -21,6 +21,7 @@ from torch.testing import assert_close
 import common
 import hirl_dino
 import hirl_ibot
+import hirl_mocov3
 import hirl_swav
 import plumbing
 from test_losses import EXACT, SINGLE
@@ -352,11 +353,11 @@ def test_vit_golden():
 def test_sincos_positions_golden():
     """MoCo v3's on a square; on a grid of 2 x 3 row by row, where the release goes crosswise (V6)."""
     g = golden("vit")
-    assert_close(common.sincos_positions(3, 3, 8)[0], g["sincos_square"], **SINGLE)
+    assert_close(hirl_mocov3.sincos_positions(3, 3, 8)[0], g["sincos_square"], **SINGLE)
     rows, columns = g["sincos_grid"].tolist()
-    crosswise = common.sincos_positions(columns, rows, 8)[0]
+    crosswise = hirl_mocov3.sincos_positions(columns, rows, 8)[0]
     assert_close(crosswise, g["sincos_nonsquare"], **SINGLE)
-    ours = common.sincos_positions(rows, columns, 8)[0, 1:].view(rows, columns, 8)
+    ours = hirl_mocov3.sincos_positions(rows, columns, 8)[0, 1:].view(rows, columns, 8)
     for row in range(rows):
         for column in range(columns):
             for i, frequency in enumerate((1.0, 0.01)):

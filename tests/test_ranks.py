@@ -216,8 +216,8 @@ def use_collectives():
         p.grad = torch.full_like(p, 1.0 + rank)
     plumbing.average_gradients(single.parameters())
     mine = common.local_rows(7)
-    keys = plumbing.keys(lambda x: 2 * x, torch.arange(4.0).view(2, 2) + 10 * rank, "shuffle",
-                          torch.Generator().manual_seed(5))
+    keys = plumbing.make_keys(lambda x: 2 * x, torch.arange(4.0).view(2, 2) + 10 * rank, "shuffle",
+                              torch.Generator().manual_seed(5))
     gather = common.all_gather_rows
     return dict(rows=gather(rows), none=gather(rows[:0]), only_first=gather(rows if rank == 0 else rows[:0]),
                 sum=common.all_reduce_sum(rows[:1].clone()),
