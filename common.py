@@ -160,7 +160,10 @@ class Images:
         labels = None if self.labels is None else self.labels[self.index_of[rows]]
         pixels = None if self.pixels is None else self.pixels[rows.to(self.pixels.device)]
         names, paths = ([values[i] for i in rows.tolist()] for values in (self.names, self.paths or self.names))
-        return Images(names, labels, self.class_names, pixels, self.paths and paths)
+        part = Images(names, labels, self.class_names, pixels, self.paths and paths)
+        part.unreadable = {n: self.unreadable[i] for n, i in enumerate(rows.tolist()) if i in self.unreadable}
+        part.named = {n for n, i in enumerate(rows.tolist()) if i in self.named}
+        return part
 
     def picture(self, i):
         """Picture i, or what stands in for it, as (3, H, W) uint8."""
@@ -213,7 +216,7 @@ def readable(images, i):
 def load_data(data, data_root="data", device="cpu", validation=False):
     """`textures`, `cifar10`, `cifar100`, `stl10` or a folder -> (train, test) Images; test may be None.
 
-    validation: not the test pictures, which are not read, but a further sample of textures, or every tenth of train.
+    validation: not the test pictures but a further sample of textures, or every tenth of train.
     Pictures that fit are one tensor on the device. A folder holds `train/` and `val/` (or `test/`), or just pictures;
     torchvision's sets are downloaded to `data_root` on first use. Raises Stop when there is nothing to read.
     """

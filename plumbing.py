@@ -596,7 +596,9 @@ class Run:
                 say(f"{'error, of before':20}" + "".join(f"{error:14.2f}x" for error in errors))
         if (self.folder / "tree.png").exists():
             say(f"\nthe learnt tree  {self.folder}/tree.png, and every picture's clusters in clusters.csv")
-        say(f"the backbone     {self.folder}/backbone.pt\nnext             python eval_linear.py --run {self.folder}")
+        more = " --data a/folder/with/labels" if self.train.labels is None else ""
+        say(f"the backbone     {self.folder}/backbone.pt\n"
+            f"next             python eval_linear.py --run {self.folder}{more}")
 
 
 def refuse_existing(folder):
