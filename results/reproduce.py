@@ -51,6 +51,7 @@ STUDIES = {  # arguments of all runs of a study; those of their evaluation (None
     "cifar100-12": ("--data {cifar100} --preset cifar --arch tiny --stem 3x3s2 --batch-size 64 --base-lr 0.48 "
                     "--queue-size 4096 --ema-momentum 0.99 --epochs 12 --warmup-epochs 2",
                     "--protocol linear knn cluster hierarchy --epochs 60 --clusters 1000 200 40"),
+    "health": ("--data {cifar100} --preset textures --epochs 12 --eval-every 4", None),  # does a base collapse?
     "gpu": ("--data {cifar100} --device cuda --amp --compile --eval-every 10",
             "--protocol linear knn hierarchy --lr 0.3 --clusters 100 20"),
 }
@@ -125,6 +126,18 @@ cifar100-12 1 hirl_moco.py --clusters 1000 200 40 --negative-paths 200
 cifar100-12 1 hcsc.py --clusters 1000 200 40
 cifar100-12 1 hcsc.py --clusters 1000 200 40 --release
 
+health 1 hirl_simsiam.py --clusters 0
+health 1 hirl_simsiam.py
+
+health 1 hirl_mocov3.py --clusters 0
+health 1 hirl_mocov3.py
+
+health 1 hirl_dino.py --clusters 0
+health 1 hirl_dino.py
+
+health 1 hirl_ibot.py --clusters 0
+health 1 hirl_ibot.py
+
 gpu 1 hirl_moco.py --clusters 0
 gpu 1 hirl_moco.py
 gpu 1 hcsc.py
@@ -150,6 +163,9 @@ TABLES = {  # a study and its columns, heading: measure
                                     "CPU minutes": "cpu"}),
     "cifar100-12": ("cifar100-12", {**CIFAR, "linear, 100 classes": "linear", "rank correlation": "rank",
                                     "100 classes by kNN, beside the plain method": "difference knn 1"}),
+    "health": ("health", {**CIFAR, "spread of embeddings (1: all ways)": "last feature_std", "entropy of targets":
+                          "last entropy", "of their mean": "last entropy_of_mean", "outputs in use":
+                          "last prototypes_in_use"}),
     "gpu": ("gpu", {**CIFAR, "linear, 100 classes": "linear", "100 classes by kNN, beside the plain method":
                     "difference knn 1", "minutes": "minutes"}),
 }

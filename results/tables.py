@@ -20,12 +20,14 @@ class Log(NamedTuple):
     def measure(self, what):
         """A number by the name that the list of tables gives it; None where it was not evaluated."""
         name, _, place = what.partition(" ")
-        if name == "knn":  # percent, a label level
+        if name == "knn":  # percent, a label depth
             return self.rows[-1]["knn"][int(place)]
+        if name == "last":  # a figure of the last epoch's row
+            return self.rows[-1].get(place)
         if name in ("cpu", "minutes"):
             seconds = self.run.get("cpu_seconds" if name == "cpu" else "seconds")
             return seconds and seconds / 60
-        if name == "linear":  # percent, the finest label level
+        if name == "linear":  # percent, the finest label depth
             return next((row["last"] for row in self.results.get("linear", ())), None)
         if name == "rank":  # correlation of distances in the tree of the features and in the true tree
             return next((row["rank_correlation"] for row in self.results.get("tree", ())), None)
@@ -33,7 +35,7 @@ class Log(NamedTuple):
                      if row["tree"] == "features" and row["clusters"] == row["classes"] == int(place)), None)
 
     def errors(self):
-        """What is left of the error of the better of raw pixels and untrained network, a label level."""
+        """What is left of the error of the better of raw pixels and untrained network, a label depth."""
         before = [max(pair) for pair in zip(self.rows[0]["knn"], self.rows[0]["knn_pixels"])]
         return [(100 - now) / max(100 - was, 1e-9) for now, was in zip(self.rows[-1]["knn"], before)]
 
@@ -83,7 +85,8 @@ def cell(setting, what):
         return ", ".join(f"{statistics.mean(share):.2f}x" for share in zip(*(log.errors() for log in logs)))
     if what.startswith("difference "):
         return difference(setting.logs, setting.plain, what.removeprefix("difference "))
-    return mean_std([log.measure(what) for log in logs], 3 if what.startswith(("nmi", "rank")) else 1)
+    digits = {"nmi": 3, "rank": 3, "last": 2}.get(what.split()[0], 1)
+    return mean_std([log.measure(what) for log in logs], digits)
 
 
 # ---- tables
