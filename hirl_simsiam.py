@@ -40,7 +40,7 @@ Differs from paper or released code
   lr            cosine per step; both releases floor the epoch
   views         two; HIRL's loss takes more (and so does simsiam_loss), its configuration does not
   projector     its last layer has no bias; SimSiam's has a frozen one, which the batch norm after it removes
-  small data    D 256, as k-means in 2048 dimensions is slow; cifar: two projector layers, as the paper's.
+  small data    D 256, as k-means in 2048 dimensions is slow, and no --zero-init; cifar: two projector layers.
                 textures: narrow layers, and a predictor that learns 15 times as fast as the rest. It must keep
                 up with z, and in so few steps that decides: as fast as the rest, 5 or 40 times, it learnt less
 """
