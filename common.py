@@ -235,8 +235,10 @@ def load_data(data, data_root="data", device="cpu", validation=False):
         train = folder(Path(data, parts[0]))
         test = folder(Path(data, parts[1]), train.class_names) if len(parts) > 1 and not validation else None
     if validation and data != "textures":
-        rows = torch.arange(len(train))
-        train, test = train.part(rows[rows % 10 > 0]), train.part(rows[rows % 10 == 0])
+        held_out, rows = torch.arange(len(train)) % 10 == 0, torch.arange(len(train))
+        if train.labels is not None:
+            held_out &= train.labels[:, 0] >= 0  # STL-10: most pictures carry no label
+        train, test = train.part(rows[~held_out]), train.part(rows[held_out])
     for images in filter(None, (train, test)):
         images.pixels = images.pixels if images.pixels is None else images.pixels.to(device)
     train.test = test
@@ -300,7 +302,7 @@ def torchvision_set(name, root, train):
     try:
         if name == "stl10":
             data = datasets.STL10(root, "train+unlabeled" if train else "test", download=True)
-            pixels, labels = torch.from_numpy(data.data), torch.from_numpy(data.labels).long()[:, None]
+            pixels, labels = torch.from_numpy(data.data).contiguous(), torch.from_numpy(data.labels).long()[:, None]
         else:
             data = getattr(datasets, name.upper())(root, train, download=True)
             pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()

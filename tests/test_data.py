@@ -260,6 +260,27 @@ def test_one_rank_downloads_while_the_others_wait(tmp_path):
     assert (tmp_path / "fetched").read_text() == "00"  # both splits
 
 
+def test_stl10_as_torchvision_reads_it(tmp_path, monkeypatch):
+    """Its files hold columns first, and most of its training pictures carry no label."""
+    from torchvision import datasets
+
+    (tmp_path / "stl10_binary").mkdir()
+    for name, count in (("train", 12), ("test", 10), ("unlabeled", 20)):
+        pixels = np.random.default_rng(0).integers(0, 256, (count, 3, 96, 96), dtype=np.uint8)
+        pixels.tofile(tmp_path / f"stl10_binary/{name}_X.bin")
+        (np.arange(count, dtype=np.uint8) % 10 + 1).tofile(tmp_path / f"stl10_binary/{name}_y.bin")
+    (tmp_path / "stl10_binary/class_names.txt").write_text("\n".join("abcdefghij") + "\n")
+    monkeypatch.setattr(datasets.STL10, "_check_integrity", lambda self: True)
+    train, test = common.load_data("stl10", str(tmp_path))
+    assert (len(train), len(test), len(train.fingerprint())) == (32, 10, 12)
+    assert train.labels[:, 0].tolist() == [*range(10), 0, 1, *[-1] * 20] and train.class_names == [[*"abcdefghij"]]
+    assert torch.equal(test.pixels[0], torch.from_numpy(np.random.default_rng(0).integers(
+        0, 256, (10, 3, 96, 96), dtype=np.uint8)[0]).transpose(1, 2))
+    assert common.knn_accuracy(train, test, lambda images: images.pixels.flatten(1).float(), k=1)[0] >= 0
+    train, test = common.load_data("stl10", str(tmp_path), validation=True)
+    assert test.labels[:, 0].tolist() == [0, 0] and len(train) == 30  # those that can be right or wrong
+
+
 # ---- worker processes
 
 
