@@ -600,7 +600,7 @@ def render_view(images, draws, augmentation):
     Without a key "crop" the images are taken as cropped already (by a worker that decodes large pictures with the same
     `crop_boxes`) and must be size x size.
     """
-    size, most = augmentation.size, max(1, 2**23 // (12 * augmentation.size**2))
+    size, most = augmentation.size, max(1, 2**23 // max(1, 12 * augmentation.size**2))
     if images.device.type == "cpu" and len(images) > most:  # 8 MB at a time, which caches hold
         parts = zip(images.split(most), *(v.split(most) for v in draws.values()))
         return torch.cat([render_view(part, dict(zip(draws, own)), augmentation) for part, *own in parts])

@@ -615,7 +615,10 @@ def claim(folder, new):
 
     The lock is the system's and on the folder itself: nothing is left behind. Windows has none such: no claim there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Stop(f"cannot create {folder} ({error.strerror}): choose another --out") from error
     with contextlib.suppress(ImportError):
         import fcntl
         if folder.resolve() not in CLAIMED:
