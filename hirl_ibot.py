@@ -319,8 +319,8 @@ def main(args):
 
     # ---- [method] model
     backbone, width = common.backbone(args.arch, args.stem, args.image_size)
-    if not isinstance(backbone, common.ViT):
-        raise common.Stop(f"--arch {args.arch} has no patches to mask: take a ViT, as vit-8-96-4 or vit_b_16")
+    if not isinstance(backbone, common.ViT) or args.image_size < 2 * backbone.patch_size:
+        raise common.Stop(f"--arch {args.arch} has no patches to mask: take a ViT of smaller ones, as vit-8-96-4")
     check_crops(args, backbone)
     model = DINO(Encoder(backbone, width, args.projector, args.hidden, args.dim, args.prototypes, args.free_last_layer,
                          args.init_std))

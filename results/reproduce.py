@@ -182,7 +182,7 @@ FILES = {  # in reading order
     "hirl_simsiam.py": "SimSiam + HIRL: one view predicts the other; no negatives, no slow encoder",
     "hirl_mocov3.py": "MoCo v3 + HIRL: the batch's keys instead of a queue, a predictor; ResNet or ViT",
     "hirl_dino.py": "DINO + HIRL: the student predicts a centred, sharpened teacher; ResNet or ViT",
-    "hirl_ibot.py": "iBOT + HIRL: DINO, and the teacher's masked patches; always a ViT",
+    "hirl_ibot.py": "iBOT + HIRL: DINO, and masked patches to predict; always a ViT",
     "eval_linear.py": "linear probe, kNN, fine-tuning with few labels, clusters and trees against labels",
     "plumbing.py": "what surrounds a run: arguments, processes, `Run` (folder, log, checkpoint), the tree's picture; "
                    "nobody needs to open it",
