@@ -179,8 +179,8 @@ def cutmix(images, others, generator):
 
 # ---- [method] neighbours
 def draw_neighbours(table, generator):
-    """One of the neighbours (N, K) of each image -> (N,)."""
-    return table.gather(1, torch.randint(table.shape[1], (len(table), 1), generator=generator))[:, 0]
+    """One of the neighbours (N, K) of each image, a table on any device -> (N,) on the CPU."""
+    return table.cpu().gather(1, torch.randint(table.shape[1], (len(table), 1), generator=generator))[:, 0]
 
 
 # ---- [method] loss
@@ -310,7 +310,7 @@ def main(args):
             x = F.normalize(features(clustered, train), dim=1)
             table = common.all_gather_rows(common.nearest_neighbours(x, neighbours))
         if neighbours:  # one drawn anew for each visit
-            train.partner = draw_neighbours(table.cpu(), common.random_state(args.seed, epoch, "neighbour"))
+            train.partner = draw_neighbours(table, common.random_state(args.seed, epoch, "neighbour"))
 
         # ---- [shared] batches
         batches = common.batches(train, batch_size, views, seed=args.seed, epoch=epoch, start=start_step, device=device,

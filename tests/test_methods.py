@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import EPOCHS, IMAGES, STEPS, TIMINGS, arguments, load, log
 from test_golden import gradients
+from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
 
 import common
@@ -213,6 +214,13 @@ def test_a_neighbour_drawn_is_a_neighbour_and_each_is_drawn():
     place = drawn[:, None] == table.repeat(100, 1)  # (100 N, 4)
     assert (place.sum(dim=1) == 1).all()
     assert_close(place.double().mean(dim=0), torch.full((4,), 0.25, dtype=torch.float64), rtol=0, atol=0.05)
+
+
+def test_neighbours_are_drawn_from_a_table_on_a_gpu():
+    """Where a checkpoint's is after a resume; the fake mode checks devices and needs none."""
+    with FakeTensorMode():
+        table = torch.zeros(7, 3, dtype=torch.int64, device="cuda")
+        assert csml.draw_neighbours(table, torch.Generator().manual_seed(0)).device.type == "cpu"
 
 
 def test_stage_encoder_reads_the_stages_of_its_trunk():
