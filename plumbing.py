@@ -167,7 +167,7 @@ def preset_table(presets):
     rows = {name: [p[name] for p in presets.values()] for name in next(iter(presets.values()))}
     rows = [["preset", *presets], *(["--" + name.replace("_", "-"), *values] for name, values in rows.items())]
     text = [["-".join(map(str, v)) if isinstance(v, list) else str(v) for v in row] for row in rows]
-    return "\n".join("".join(f"{cell:17}" for cell in row) for row in text)
+    return "\n".join(f"{name:23}" + "".join(f"{cell:17}" for cell in cells) for name, *cells in text)
 
 
 def shared_arguments(description, presets):
