@@ -271,6 +271,9 @@ def folder(root, class_names=None):
     names = [re.sub(r"[\x00-\x1f]", "\ufffd", str(path.relative_to(root))) for path in paths]  # fit for one line
     parents = [Path(name).parts[:-1] for name in names]
     depth = min(map(len, parents))  # of the labels that every picture has
+    if rank() == 0 and depth < max(map(len, parents)):
+        stray = min(zip(map(len, parents), names))[1]
+        print(f"labels have a depth of {depth}, for {stray} lies no deeper, as others do", file=sys.stderr)
     levels = [["/".join(parts[:d + 1]) for parts in parents] for d in range(depth)]
     class_names = [sorted(set(level)) for level in levels] if class_names is None else class_names
     if len(class_names) > depth or any(set(level) - set(known) for level, known in zip(levels, class_names)):

@@ -85,8 +85,8 @@ def explanation(error):
             (BrokenPipeError, [""], 141, ""),  # as a tool that SIGPIPE ends
             (OSError, [""], 2, f"{first}: correct the path or its permissions"),
             (FloatingPointError, [""], 1, f"features = nan after the last step: {LOWER}"),
-            (torch.cuda.OutOfMemoryError, [""], 1, f"out of GPU memory at {peak_memory()} GiB: give a smaller "
-                                                   "--batch-size"),
+            (RuntimeError, ["out of memory", "alloc_failed"], 1,  # CUDA's words and its libraries'
+             f"out of GPU memory at {peak_memory()} GiB: give a smaller --batch-size"),
             (RuntimeError, lost, 1, f"stopped because of another process ({first}): read what that one said, and "
                                     "continue with --resume"),
             (RuntimeError, ["kernel size", "too small"], 2,

@@ -94,6 +94,18 @@ def test_labels_are_read_coarse_to_fine(pictures):
         assert train.class_names[1][fine].startswith(train.class_names[0][coarse] + "/")
 
 
+def test_a_picture_that_costs_a_label_is_named(tmp_path, capsys):
+    """One stray picture beside the folders leaves all without labels: not without a word."""
+    for name in ("a/x/0.png", "a/x/1.png", "b/2.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    assert common.load_data(str(tmp_path))[0].class_names == [["a", "b"]]
+    assert "a depth of 1, for b/2.png" in capsys.readouterr().err
+    Image.new("RGB", (8, 8)).save(tmp_path / "stray.png")
+    assert common.load_data(str(tmp_path))[0].labels is None
+    assert "a depth of 0, for stray.png" in capsys.readouterr().err
+
+
 # ---- what cannot be read
 
 

@@ -597,6 +597,13 @@ def test_the_device_that_is_named_is_the_current_one(monkeypatch):
     assert chosen == [torch.device("cuda:1"), torch.device("cuda:0")]
 
 
+@pytest.mark.parametrize("words", ("CUDA out of memory. Tried to allocate 2.00 GiB", "CUDA error: out of memory\nmore",
+                                   "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+def test_no_room_on_the_gpu_in_the_words_of_cuda(words):
+    code, sentence = plumbing.explanation(RuntimeError(words))
+    assert code == 1 and "give a smaller --batch-size" in sentence
+
+
 def test_memory_is_counted_in_the_systems_units(monkeypatch):
     now = plumbing.peak_memory()
     monkeypatch.setattr(sys, "platform", "darwin")
