@@ -456,7 +456,7 @@ class Run:
     def resume(self, device, **parts):
         """Load the checkpoint, if there is one, into `parts` (model, optimizer) -> (epoch, step) to go on at, keep.
 
-        It is read on the CPU; a Hierarchy goes to the device, a table and what Adam counts stay there, as at first.
+        It is read on the CPU; a Hierarchy goes to the device, a table and what Adam counts stay there.
         """
         self.parts = parts
         if not self.checkpoint_path.exists():
