@@ -357,6 +357,7 @@ def decoded(images, requests, augmentations, workers):
     mask = getattr(signal, "pthread_sigmask", lambda how, signals: None)  # Windows has none
     if workers and hasattr(signal, "pthread_sigmask"):
         resource_tracker.ensure_running()  # spawned workers need it, and its start would unblock signals
+    batches = None
     try:
         mask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # workers inherit it: these reach this process, which
         batches = iter(loader)  # finishes its step and saves
@@ -370,6 +371,8 @@ def decoded(images, requests, augmentations, workers):
     except (OSError, RuntimeError) as error:
         raise Stop(f"a process that decodes pictures has ended ({str(error).strip().splitlines()[-1]}): give fewer "
                    "--workers, or this machine more (shared) memory", code=1) from error
+    finally:  # not when the last reference goes: who ends with live workers would wait for them, deaf as they are
+        getattr(batches, "_shutdown_workers", lambda: None)()
 
 
 def batches(images, batch_size, augmentations, *, seed, epoch, start=0, device="cpu", workers=0):
