@@ -465,8 +465,9 @@ class Run:
         try:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
-            epoch, step, self.steps = (range(most).index(state[name]) for name, most in  # refuses all that is no number
-                                       (("epoch", self.args.epochs + 1), ("step", 10**9), ("steps", 10**9)))
+            epoch, step, self.steps = (state[name] for name in ("epoch", "step", "steps"))
+            if {type(epoch), type(step), type(self.steps)} != {int} or min(epoch, step) < 0 or epoch > self.args.epochs:
+                raise ValueError("no count")
             self.sums, keep = {name: float(total) for name, total in state["sums"].items()}, state["keep"]
             if not (keep is None or torch.is_tensor(keep) or [*map(type, keep)] == [list] * 4):
                 raise ValueError("no Hierarchy")
