@@ -323,7 +323,7 @@ def perform(run, args):
             (kept / path.name).write_text(path.read_text().replace(args.cifar100, "cifar100"))
     (kept / "run.json").write_text(json.dumps(dict(
         arguments=run.arguments, code=code, seconds=round(seconds), cpu_seconds=round(cpu_seconds)), indent=1) + "\n")
-    if run.study == "default" and (folder / "tree.png").exists():
+    if run.id == "default/hirl_moco-0":  # the one that README shows
         shutil.copy(folder / "tree.png", kept)
     print(f"{run.id}: done, {cpu_seconds / 60:.1f} CPU minutes", flush=True)
     return True
