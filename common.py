@@ -773,18 +773,16 @@ def greedy_seeds(x, weight, k, generator):
 
 def first_centroids(x, total, k, init, weight, generator, device):
     """(k, D) float32 on the device: `init`, or greedy seeds of a sample; twelve rows a seed are enough."""
-    if init is not None:
-        centroids = torch.as_tensor(init).to(device, torch.float32, copy=True)
-        if centroids.shape != (k, x.shape[1]) or not centroids.isfinite().all():
-            raise ValueError(f"k-means: init must be {(k, x.shape[1])} finite numbers, not {tuple(centroids.shape)} "
-                             "or NaN")
-        return centroids
     weight = torch.ones(len(x)) if weight is None else weight
-    if weight.shape != (len(x),):
-        raise ValueError(f"k-means: start_weight must be of shape {(len(x),)}, not {tuple(weight.shape)}")
-    size = min(total, max(2 * k, min(12 * k, 2**27 // x.shape[1])))
-    sample = torch.randperm(total, generator=generator)[:size].sort().values.to(device)
-    return greedy_seeds(take(x, sample)[0].float(), all_gather_rows(weight.to(device).float())[sample], k, generator)
+    if init is None and weight.shape == (len(x),):
+        size = min(total, max(2 * k, min(12 * k, 2**27 // x.shape[1])))
+        sample = torch.randperm(total, generator=generator)[:size].sort().values.to(device)
+        weight = all_gather_rows(weight.to(device).float())[sample]
+        return greedy_seeds(take(x, sample)[0].float(), weight, k, generator)
+    centroids = torch.as_tensor(weight if init is None else init).to(device, torch.float32, copy=True)
+    if centroids.shape != (k, x.shape[1]) or not centroids.isfinite().all():
+        raise ValueError(f"k-means: init is (K, D), start_weight (n,), of finite numbers: not {tuple(centroids.shape)}")
+    return centroids
 
 
 @torch.no_grad()
@@ -892,11 +890,6 @@ def hierarchical_kmeans(x, clusters, *, temperature, iterations=20, seed=0, devi
     return hierarchy_from_centroids(x, raw, temperature, labels=labels, device=device)
 
 
-def clusters_in_use(hierarchy):
-    """How many clusters hold an image, per level."""
-    return [int((torch.bincount(assign) > 0).sum()) for assign in hierarchy.assign]
-
-
 # ---- hierarchy losses
 
 
@@ -985,13 +978,12 @@ def hcsc_instance_loss(q, k, queue, masks, temperature, *, unselected="remove"):
     DEVIATION (released code): unselected="zero" multiplies the logit by the mask instead, so that an entry that
     was left out still adds exp(0) = 1 to the sum.
     """
-    if unselected not in ("remove", "zero"):
-        raise ValueError(f"unselected is 'remove' or 'zero', not {unselected!r}")
+    rest = {"remove": -math.inf, "zero": 0.0}[unselected]
     pos = (q * k.detach()).sum(dim=1, keepdim=True) / temperature  # (B, 1)
     neg = q @ queue.detach().T / temperature  # (B, Q)
     losses = []
     for mask in masks:
-        kept = neg.masked_fill(mask == 0, -math.inf if unselected == "remove" else 0.0)
+        kept = neg.masked_fill(mask == 0, rest)
         losses.append((torch.cat([pos, kept], dim=1).logsumexp(dim=1) - pos[:, 0]).mean())
     return torch.stack(losses)
 
@@ -1007,15 +999,13 @@ def hcsc_prototype_loss(q, hierarchy, index, masks, *, unselected="remove", excl
     the batch, and the largest cluster number in use, off everybody's negatives: when a batch meets every
     cluster of a level none is left, and loss and gradient are exactly 0.
     """
-    if unselected not in ("remove", "zero") or exclude not in ("own", "batch"):
-        raise ValueError(f"unselected is 'remove' or 'zero', not {unselected!r}; "
-                         f"exclude is 'own' or 'batch', not {exclude!r}")
+    rest, batch = {"remove": -math.inf, "zero": 0.0}[unselected], {"own": False, "batch": True}[exclude]
     losses = []
     for prototypes, assign, phi, mask in zip(hierarchy.prototypes, hierarchy.assign, hierarchy.concentration, masks):
         own = assign[index][:, None]  # (B, 1)
         logits = q @ (prototypes / phi[:, None]).detach().to(q.dtype).T  # (B, K_l)
-        kept = logits.masked_fill(mask == 0, -math.inf if unselected == "remove" else 0.0)
-        if exclude == "batch":
+        kept = logits.masked_fill(mask == 0, rest)
+        if batch:
             absent = torch.zeros(len(prototypes), dtype=torch.bool, device=q.device)
             absent[own] = True
             absent[assign.max():] = True  # off by one: the last cluster is never a negative
@@ -1081,19 +1071,6 @@ def nearest_neighbours(x, k):
         exact = (take(x, found.flatten())[0].view(*found.shape, -1).double() @ rows[:, :, None])[:, :, 0]
         table.append(found.gather(1, exact.argsort(dim=1, descending=True, stable=True)[:, :k]))
     return torch.cat(table)[start:start + len(x)]
-
-
-def same_label(labels, neighbours):
-    """Percent of the neighbours (N, k) with their row's label, a label depth; labels (N, depth), -1: unknown, or None.
-
-    None without labels or neighbours.
-    """
-    if labels is None or neighbours is None:
-        return None
-    own, others = labels[:, None], labels[neighbours.to(labels.device)]  # (N, 1, depth), (N, k, depth)
-    known = (own >= 0) & (others >= 0)
-    share = ((own == others) & known).sum((0, 1)) / known.sum((0, 1)).clamp(min=1)
-    return [round(100 * value, 2) for value in share.tolist()]
 
 
 def knn_votes(sim, labels, classes, temperature=0.07):
@@ -1225,29 +1202,26 @@ def backbone(arch, stem, image_size=224):
     ViTs: vit_b_16 etc., or vit-<patch>-<width>-<depth>, as vit-8-96-4, with heads of 64 channels, or of 32 where 64
     does not divide the width; without stem, and with positions for image_size. Key names stay.
     """
-    if re.match("vit[-_]", arch):
-        try:
-            if arch.startswith("vit-"):
-                patch, width, depth = map(int, arch.split("-")[1:])
-                heads = width // 32 if width % 64 else width // 64
-                network = ViT(image_size, patch, depth, heads, width, 4 * width)
-            else:
-                network = torchvision.models.get_model(arch, weights=None, image_size=image_size)
-                network.__class__ = ViT
-        except (ValueError, AssertionError, ZeroDivisionError) as error:
-            raise Stop(f"--arch {arch} is no vision transformer for {image_size} px: try vit_b_16, or "
-                            "vit-<patch>-<width>-<depth> with a patch that divides the picture's side and a width "
-                            "that 32 divides") from error
-        network.heads = nn.Identity()
-        return network, network.hidden_dim
+    network = None
     try:
-        if arch not in ("tiny", *torchvision.models.list_models(module=torchvision.models)):
-            raise ValueError("others, as fcn_resnet50, fetch weights")
-        network = TinyResNet() if arch == "tiny" else torchvision.models.get_model(arch, weights=None)
+        if arch.startswith("vit-"):
+            patch, width, depth = map(int, arch.split("-")[1:])
+            network = ViT(image_size, patch, depth, width // (32 if width % 64 else 64), width, 4 * width)
+        elif arch.startswith("vit_"):
+            network = torchvision.models.get_model(arch, weights=None, image_size=image_size)
+            network.__class__ = ViT
+        elif arch in torchvision.models.list_models(module=torchvision.models):  # others may fetch weights
+            network = torchvision.models.get_model(arch, weights=None)
+        elif arch == "tiny":
+            network = TinyResNet()
+        if isinstance(network, ViT):
+            network.heads = nn.Identity()
+            return network, network.hidden_dim
         channels, width = network.conv1.out_channels, network.fc.in_features
-    except (ValueError, AttributeError) as error:
-        raise Stop(f"--arch {arch} is no torchvision model from `conv1` to `fc`: try resnet18, resnet50, tiny "
-                        "or vit_b_16") from error
+    except (ValueError, AttributeError, AssertionError, ZeroDivisionError) as error:
+        raise Stop(f"--arch {arch} is no network for {image_size} px: try tiny, resnet18, resnet50 or another of "
+                   "torchvision from `conv1` to `fc`, vit_b_16, or vit-<patch>-<width>-<depth> with a patch that "
+                   "divides the picture's side and a width that 32 divides") from error
     if STEMS[stem]:
         network.conv1 = nn.Conv2d(3, channels, 3, stride=STEMS[stem], padding=1, bias=False)
         network.maxpool = nn.Identity()

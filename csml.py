@@ -183,6 +183,16 @@ def draw_neighbours(table, generator):
     return table.cpu().gather(1, torch.randint(table.shape[1], (len(table), 1), generator=generator))[:, 0]
 
 
+def same_label(labels, table):
+    """Percent of the neighbours (N, K) that have their image's label, a label depth; -1 is unknown. None for none."""
+    if labels is None or table is None:
+        return None
+    own, others = labels[:, None], labels[table.cpu()]  # (N, 1, depth), (N, K, depth)
+    known = (own >= 0) & (others >= 0)
+    share = ((own == others) & known).sum((0, 1)) / known.sum((0, 1)).clamp(min=1)
+    return [round(100 * value, 2) for value in share.tolist()]
+
+
 # ---- [method] loss
 def csml_loss(q, k, queue, lam, weights, temperature):
     """Image, neighbour and mixed picture each pick the keys of image and neighbour out of the queue.
@@ -280,8 +290,7 @@ def main(args):
     encode_q, encode_k = (torch.compile(encoder) if args.compile else encoder
                           for encoder in (model.encoder_q, model.encoder_k))
     names = ["image", "neighbour", "mix"] if neighbours else ["moco"]
-    chance = {name + layer: weight * math.log(1 + queue_size) / len(names) for layer, weight, _ in levels
-              for name in names}
+    chance = {name + layer: w * math.log(1 + queue_size) / len(names) for layer, w, _ in levels for name in names}
     exported, clustered = model.encoder_q, model.encoder_k.backbone  # neighbours are those of the key trunk
     views = [augmentation] * 2  # of each image, and of the neighbour that it comes with
 
@@ -355,7 +364,7 @@ def main(args):
 
             # ---- [method] log
             run.end_step(epoch, step, {**losses, **watched}, table)
-        run.end_epoch(epoch, table, knn, neighbours_same_label=common.same_label(train.labels, table))
+        run.end_epoch(epoch, table, knn, neighbours_same_label=same_label(train.labels, table))
         start_step = 0
 
     # ---- [shared] what remains

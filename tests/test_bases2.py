@@ -650,7 +650,7 @@ def test_vit_is_torchvisions():
 
 @pytest.mark.parametrize("arch", ("vit-5-96-4", "vit-8-96", "vit-8-x-4", "vit-8-16-4", "vit_q_16", "vit-0-32-1"))
 def test_no_such_vit(arch):
-    with pytest.raises(common.Stop, match="no vision transformer"):
+    with pytest.raises(common.Stop, match="is no network"):
         common.backbone(arch, "3x3", 32)
 
 

@@ -453,7 +453,7 @@ def bad_inputs(run, tmp_path):
         "not a readable checkpoint": ["--run", run, "--backbone", tmp_path / "text.pt"],
         "no weights of a ResNet": ["--run", run, "--backbone", tmp_path / "foreign.pt"],
         "correct --arch": ["--run", run, "--arch", "resnet18"],
-        "no torchvision model": ["--run", run, "--arch", "vgg11"],
+        "is no network": ["--run", run, "--arch", "vgg11"],
         "carries no labels": ["--run", run, "--data", flat],
         "one class only": ["--run", run, "--data", one],
         "--k 33 is above the 32": ["--run", run, "--k", 33],
