@@ -210,7 +210,7 @@ def csml_loss(q, k, queue, lam, weights, temperature):
     Returns the three terms, (3,); their sum is the loss. A network that tells nothing apart scores ln(1+Q)/3 in each.
     """
     a, b = weights
-    share = q.new_tensor([[a, b], [b, a], [lam, 1 - lam]])  # (3, 2) of each key in each query's loss
+    share = torch.tensor([[a, b], [b, a], [lam, 1 - lam]], dtype=q.dtype).to(q.device, non_blocking=True)  # (3, 2)
     pos = (q[:, None] * k.detach()).sum(dim=3) / temperature  # (3, 2, B)
     neg = (q @ queue.detach().T / temperature).logsumexp(dim=2)  # (3, B)
     nce = (torch.logaddexp(pos, neg[:, None]) - pos).mean(dim=2)  # (3, 2), the six l(., .)

@@ -410,7 +410,7 @@ def main(args):
                 z = F.normalize(torch.stack([head(raw) for head in model.heads], dim=1), dim=2)  # (B, L, D)
                 leaves = torch.randint(len(hierarchy.prototypes[0]), (batch_size, args.negative_paths),
                                        generator=common.random_state(*place, "negative paths"))
-                leaves = leaves[common.local_rows(batch_size)].to(device)  # (B, M) random paths, by their leaf
+                leaves = leaves[common.local_rows(batch_size)].to(device, non_blocking=True)  # (B, M) paths, by leaf
                 losses["path"] = args.path_weight * common.semantic_path_loss(z, hierarchy, index, leaves)
 
             # ---- [shared] step
