@@ -1,0 +1,178 @@
+"""No training step waits for its device, nor mixes two: every script's own loop on a stand-in for a GPU.
+
+The stand-in is torch's meta device, whose tensors hold no numbers: whoever needs one raises. The rest is seen by
+`Watch`, through whose hands every operation goes: copies to the device that wait, CPU tensors where the device's are
+due. What a step may do: queue work, and copy numbers drawn on the CPU to the device with non_blocking=True.
+"""
+
+import contextlib
+import importlib
+
+import pytest
+import torch
+from conftest import SCRIPTS
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import common
+import plumbing
+
+DEVICE, PICTURES, CLUSTERS, STEPS = torch.device("meta"), 64, (12, 6, 3), 2
+
+
+def on_device(*shape):
+    return torch.zeros(shape, device=DEVICE)
+
+
+class Waits(AssertionError):
+    """The operation and why a GPU's queue would run empty, or why it would refuse."""
+
+
+DEPENDS_ON_NUMBERS = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "_unique2", "unique_dim"}
+INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
+
+
+class Watch(TorchDispatchMode):
+    """Raises Waits at an operation that waits for the device, or that two devices take part in."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, operation.name().removeprefix("aten::").split(".")[0]
+        inputs = [x for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)]
+        mine = [x for x in inputs if x.device == DEVICE]
+        if name in ("_to_copy", "copy_"):
+            if not mine and kwargs.get("device") == DEVICE or 0 < len(mine) < len(inputs):
+                if not (kwargs.get("non_blocking") or args[2:] == (True,)):
+                    raise Waits(f"{name}: a copy that waits; say non_blocking=True")
+            if mine and DEVICE != kwargs.get("device", DEVICE):
+                raise Waits(f"{name}: the CPU reads numbers of the device")
+        elif mine and name in DEPENDS_ON_NUMBERS:
+            raise Waits(f"{name}: a number, or a shape, that only the device knows")
+        elif mine and name == "lift_fresh":
+            raise Waits("Python numbers become a tensor of the device, which waits: make it on the CPU and copy it")
+        elif mine and name in INDEXING and any(i is not None and i.dtype == torch.bool for i in args[1]):
+            raise Waits(f"{name}: by a mask, whose count only the device knows")
+        elif mine and any(x.device != DEVICE and x.ndim for x in inputs):
+            raise Waits(f"{name}: tensors of two devices")
+        return operation(*args, **kwargs)
+
+
+class Finished(Exception):
+    """The steps that were asked for are done."""
+
+
+class Run:
+    """A plumbing.Run that keeps nothing and watches the steps alone."""
+
+    def __init__(self, args):
+        pass
+
+    def __getattr__(self, name):  # start, write, end_step, ...
+        return lambda *args, **kwargs: None
+
+    def resume(self, device, **parts):
+        return 0, 0, None
+
+    def timed(self, batches, epoch, steps):
+        for number, batch in enumerate(batches):
+            if number == STEPS:
+                raise Finished
+            with Watch():
+                yield batch
+
+
+def tree(x, clusters, **how):
+    """A Hierarchy of rows x with these numbers of clusters, without its values."""
+    def ids(n):
+        return torch.zeros(n, dtype=torch.int64, device=DEVICE)
+
+    return common.Hierarchy([on_device(k, x.shape[1]) for k in clusters], [ids(len(x)) for _ in clusters],
+                            [ids(k) for k in clusters[:-1]], [on_device(k) for k in clusters])
+
+
+def train_on_stand_in(script, argv, monkeypatch):
+    """Two steps of the script's own main() on the stand-in, the tree there from the first epoch."""
+    pixels = torch.zeros(PICTURES, 3, 32, 32, dtype=torch.uint8, device=DEVICE)
+    images = common.Images([f"{i}" for i in range(PICTURES)], pixels=pixels)
+    random_state = common.random_state
+    for module, name, value in [
+            (plumbing, "set_up", lambda args: DEVICE), (plumbing, "Run", Run),
+            (plumbing, "evaluation", lambda args, *_: (lambda *_: on_device(PICTURES, args.dim), lambda: None)),
+            (common, "load_data", lambda *_: (images, None)), (common, "knn_of_pixels", lambda *_: None),
+            (common, "hierarchical_kmeans", tree),
+            (common, "nearest_neighbours", lambda x, k: torch.arange(k).repeat(PICTURES, 1)),
+            (common, "random_state", lambda *place, device=None: random_state(*place)),  # neither of these
+            (torch, "autocast", lambda *_, **how: contextlib.nullcontext())]:  # knows the stand-in
+        monkeypatch.setattr(module, name, value)
+    method = importlib.import_module(script)
+    with pytest.raises(Finished):
+        method.main(method.parse_args(argv))
+
+
+SETTINGS = {  # what a preset leaves off, so that every line of a step is run
+    "hcsc": [["--multi-crop"], ["--release"]], "csml": [["--level-weights", "0", "0", "1", "1"]],
+    "hirl_swav": [["--queue-epoch", "0", "--optimizer", "larc"]], "hirl_simclr": [["--optimizer", "lars"]],
+    "hirl_dino": [["--arch", "vit-8-96-2", "--drop-path", "0.1", "--clip-grad", "3", "--centering", "mean"]],
+}
+
+
+KNOWN = {"hcsc --release", "hirl_dino --arch vit-8-96-2 --drop-path 0.1 --clip-grad 3 --centering mean", "hirl_ibot"}
+CASES = [" ".join([script, *more]) for script in SCRIPTS for more in [[], *SETTINGS.get(script, [])]]
+waits_still = pytest.mark.xfail(raises=Waits, reason="a wait that is known", strict=False)
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=waits_still if case in KNOWN else ()) for case in CASES])
+def test_no_step_waits_for_its_device(case, monkeypatch, tmp_path):
+    """Every script's loop, hierarchy and all."""
+    monkeypatch.chdir(tmp_path)
+    argv = ["--data", "textures", "--batch-size", "8", "--warmup-epochs", "0", "--clusters", *map(str, CLUSTERS)]
+    script, *more = case.split()
+    train_on_stand_in(script, argv + more, monkeypatch)
+
+
+@pytest.mark.parametrize("cropped", [False, True], ids=["whole pictures", "crops of workers"])
+def test_no_view_waits_for_its_device(cropped):
+    """Every operation switched on; draws stay on the CPU."""
+    augmentation = common.Augmentation(size=16, blur_p=0.5, solarize_p=0.5, shuffle_p=0.5)
+    draws = common.draw_view(8, augmentation, torch.Generator().manual_seed(0))
+    images = torch.zeros(8, 3, 16 if cropped else 20, 16 if cropped else 24, dtype=torch.uint8, device=DEVICE)
+    if cropped:
+        del draws["crop"]
+    with Watch():
+        view = common.render_view(images, draws, augmentation)
+    assert view.device == DEVICE and view.shape == (8, 3, 16, 16)
+
+
+@waits_still
+def test_no_batch_from_files_waits_for_its_device(tmp_path):
+    for i in range(8):
+        Image.new("RGB", (40 + i, 40)).save(tmp_path / f"{i}.png")
+    images = common.folder(tmp_path)
+    assert images.pixels is None  # decoded on demand
+    with Watch():
+        for _, index, views in common.batches(images, 4, [common.Augmentation(size=16)] * 2, seed=0, epoch=0,
+                                              device=DEVICE):
+            assert {x.device for x in (index, *views)} == {DEVICE}
+
+
+WAITING = {
+    "item": lambda x: x.sum().item(),
+    "comparison": lambda x: bool((x > 0).all()),
+    "tolist": lambda x: x.tolist(),
+    "cpu": lambda x: x.cpu(),
+    "mask": lambda x: x[x > 0],
+    "nonzero": lambda x: x.nonzero(),
+    "assignment by mask": lambda x: x.__setitem__(x > 0, on_device(3)),
+    "list index": lambda x: x[[1, 0]],
+    "new_tensor": lambda x: x.new_tensor([1.0, 2.0]),
+    "CPU index": lambda x: x[torch.tensor([1, 0])],
+    "blocking copy": lambda x: torch.zeros(4).to(x.device),
+    "blocking copy in place": lambda x: x.copy_(torch.zeros(4, 4)),
+    "two devices": lambda x: x @ torch.zeros(4, 4),
+}
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_the_watch_sees_what_waits(name):
+    with Watch(), pytest.raises(Waits):
+        WAITING[name](on_device(4, 4))
