@@ -15,11 +15,10 @@ import math
 import os
 import pickle
 import re
-import signal
 import sys
 import warnings
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,12 +75,16 @@ def all_gather_rows(tensor):
     """Rows of all ranks in rank order; ranks may hold different numbers of them."""
     if processes() == 1:
         return tensor
-    counts = torch.zeros(processes(), dtype=torch.long)
+    counts = [0] * processes()
     counts[rank()] = len(tensor)
-    counts = all_reduce_sum(counts).tolist()
-    rows = tensor.new_zeros(sum(counts), *tensor.shape[1:])
-    rows[sum(counts[:rank()]):][:len(tensor)] = tensor
-    return all_reduce_sum(rows)
+    counts = all_reduce_sum(torch.tensor(counts)).tolist()
+    return all_reduce_sum(among_zeros(tensor, sum(counts[:rank()]), sum(counts[rank() + 1:])))
+
+
+def among_zeros(tensor, before, after):
+    """The rows of `tensor` with so many rows of zeros before and after them."""
+    return torch.cat([tensor.new_zeros(before, *tensor.shape[1:]), tensor,
+                      tensor.new_zeros(after, *tensor.shape[1:])])
 
 
 def rows_before(x):
@@ -105,13 +108,13 @@ differentiable_sum = differentiable_sum_.apply  # all_reduce_sum of a copy, thro
 
 
 def all_gather_rows_with_grad(tensor):
-    """Rows (n, D) of all ranks in rank order, as many from each; gradients flow back to the rank that holds the row.
+    """Rows of all ranks in rank order, as many from each; gradients flow back to the rank that holds the row.
 
     A loss of all rows, computed alike on every rank, comes back as `size` times its gradient: what
     `average_gradients` divides by `size` again, so that G ranks train as one process would.
     """
     before, after = rank() * len(tensor), (processes() - 1 - rank()) * len(tensor)
-    return differentiable_sum(F.pad(tensor, (0, 0, before, after))) if processes() > 1 else tensor
+    return differentiable_sum(among_zeros(tensor, before, after)) if processes() > 1 else tensor
 
 
 def random_state(seed, *place, device="cpu"):
@@ -129,7 +132,7 @@ class Images:
     labels       (N, depth) int64, coarse to fine, or None when the pictures carry none
     class_names  a label depth, the names its integers stand for
     pixels       (N, 3, H, W) uint8 when all pictures share one small size, else None: then the files at `paths` are
-                 decoded on demand by worker processes
+                 decoded on demand
     index_of     (N,) int64: i itself, or the neighbour that stands in for an unreadable picture i
     unreadable   {i: why}; of all ranks after `agree`
     test         None, or the test split that came with this one
@@ -166,8 +169,19 @@ class Images:
         return part
 
     def picture(self, i):
-        """Picture i, or what stands in for it, as (3, H, W) uint8."""
-        return self.pixels[i] if self.pixels is not None else readable(self, int(self.index_of[i]))[1]
+        """Picture i as (3, H, W) uint8 or, when it cannot be read, the next one that can: that is noted. Any thread."""
+        if self.pixels is not None:
+            return self.pixels[i]
+        first, why = int(self.index_of[i]), ""
+        for j in range(first, first + 2 + len(self) // 100):  # more in a row are above 1 %
+            try:
+                picture = decode(self.paths[j % len(self)])
+            except Exception as error:  # damaged files raise anything
+                why = why or f"{type(error).__name__}: {error}"
+                continue
+            self.replace({i: (j % len(self), why)} if why else {})
+            return picture
+        raise Stop(f"no picture can be read from {self.paths[first]} on ({why}): mend or remove them")
 
     def replace(self, found):
         """Note {i: (j, why)}: j, index and all, takes the place of i, which cannot be read. Stop above 1 % of these."""
@@ -181,7 +195,7 @@ class Images:
     def agree(self):
         """All ranks together: what one could not read is noted by all, and each picture is named once."""
         tables = [{i: (int(self.index_of[i]), why) for i, why in self.unreadable.items()}] * processes()
-        if processes() > 1:
+        if processes() > 1 and self.pixels is None:  # in memory there is nothing left to find
             dist.all_gather_object(tables, tables[0])
         for table in tables:
             self.replace(table)
@@ -200,17 +214,6 @@ def decode(path):
             values = values * 255 if picture.mode == "F" and values.max() <= 1 else values / 257
             picture = Image.fromarray(values.clip(0, 255).astype(np.uint8))
         return TF.pil_to_tensor(picture.convert("RGB"))
-
-
-def readable(images, i):
-    """(index, picture) of i or, when it cannot be read, of the next picture that can; and why."""
-    reason = ""
-    for j in range(i, i + 2 + len(images) // 100):  # more in a row are above 1 %
-        try:
-            return j % len(images), decode(images.paths[j % len(images)]), reason
-        except Exception as error:  # damaged files raise anything
-            reason = reason or f"{type(error).__name__}: {error}"
-    raise Stop(f"no picture can be read from {images.paths[i]} on ({reason}): mend or remove them")
 
 
 def load_data(data, data_root="data", device="cpu", validation=False):
@@ -280,17 +283,14 @@ def folder(root, class_names=None):
         raise Stop(f"{root} has other classes than the training pictures: give both the same sub-folders")
     labels = [torch.from_numpy(np.searchsorted(known, level)) for known, level in zip(class_names, levels)]
     images = Images(names, torch.stack(labels, 1) if labels else None, class_names, paths=paths)
-    first = readable(images, 0)[1]
+    first = images.picture(0)
     if max(first.shape[1:]) > 128 or first.numel() * len(paths) > IN_MEMORY_BYTES:
         return images
     pixels = torch.zeros(len(paths), *first.shape, dtype=torch.uint8)
-    with ThreadPoolExecutor(8) as pool:
-        for i, (j, picture, reason) in enumerate(pool.map(lambda i: readable(images, i), range(len(paths)))):
-            if picture.shape != first.shape:  # mixed sizes: decode on demand
-                pool.shutdown(cancel_futures=True)
-                return images
-            pixels[i] = picture
-            images.replace({i: (j, reason)} if reason else {})
+    for i, picture in enumerate(ahead(images.picture, range(len(paths)), threads=8)):
+        if picture.shape != first.shape:  # mixed sizes: decode on demand
+            return images
+        pixels[i] = picture
     images.agree()
     images.pixels = pixels
     return images
@@ -324,55 +324,41 @@ def torchvision_set(name, root, train):
     return Images([f"{i:05d}" for i in range(len(pixels))], labels, class_names, pixels=pixels)
 
 
-class Crops(torch.utils.data.Dataset):
-    """What a worker does for pictures that are decoded on demand: read, cut one uint8 crop a view."""
+def ahead(function, items, threads=1):
+    """Yield function(item) of every item, in order; `threads` threads make the next ones while the caller uses one.
 
-    def __init__(self, images, augmentations):
-        self.images, self.augmentations = images, augmentations
-
-    def __getitem__(self, request):
-        wanted, crop_draws = request
-        index, picture, reason = readable(self.images, wanted)
-        height, width = picture.shape[1:]
-        crops = []
-        for view, u in zip(self.augmentations, crop_draws):
-            box = (centre_box(height, width, view.size) if u is None else
-                   crop_boxes(u[None], height, width, view.scale, view.ratio)[0].tolist())
-            crops.append(TF.resized_crop(picture, *box, [view.size] * 2, antialias=True))
-        return wanted, index, reason, crops
-
-
-def centre_box(height, width, size):
-    """(row, col, height, width) of the central square; from 96 px on its middle 7/8, as 224 of 256."""
-    side = round(min(height, width) * (0.875 if size >= 96 else 1))
-    return (height - side) // 2, (width - side) // 2, side, side
-
-
-def decoded(images, requests, augmentations, workers):
-    """Yield (index (b,), [crops (b, 3, S, S) uint8 a view]) for each batch of `requests`, decoded by worker processes.
-
-    Raises Stop when one of them ends: killed, or out of memory. At the end all ranks agree on what cannot be read.
+    What the function raises is raised here. The threads end with the generator, also one that is left half-way.
     """
-    loader = torch.utils.data.DataLoader(Crops(images, augmentations), batch_sampler=requests, num_workers=workers)
-    mask = getattr(signal, "pthread_sigmask", lambda how, signals: None)  # Windows has none
-    if workers and hasattr(signal, "pthread_sigmask"):
-        resource_tracker.ensure_running()  # spawned workers need it, and its start would unblock signals
-    batches = None
-    try:
-        mask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # workers inherit it: these reach this process, which
-        batches = iter(loader)  # finishes its step and saves
-        mask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
-        for wanted, index, reasons, crops in batches:
-            images.replace({i: (j, why) for i, j, why in zip(wanted.tolist(), index.tolist(), reasons) if why})
-            yield index, crops
-        images.agree()
-    except Stop as stop:  # a worker's has its traceback before the sentence
-        raise Stop(str(stop).split("common.Stop: ")[-1].strip()) from stop
-    except (OSError, RuntimeError) as error:
-        raise Stop(f"a process that decodes pictures has ended ({str(error).strip().splitlines()[-1]}): give fewer "
-                   "--workers, or this machine more (shared) memory", code=1) from error
-    finally:  # not when the last reference goes: who ends with live workers would wait for them, deaf as they are
-        getattr(batches, "_shutdown_workers", lambda: None)()
+    pool = ThreadPoolExecutor(max(1, threads), initializer=torch.set_num_threads, initargs=(1,))  # each its own core
+    with pool:
+        coming = deque()
+        for item in items:
+            coming.append(pool.submit(function, item))
+            if len(coming) > threads:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
+
+
+def make_views(images, ids, planned, device, workers):
+    """Pictures `ids` (b,) -> (index (b,), [view (b, 3, S, S)]), a view for each (augmentation, draws) of `planned`.
+
+    Large pictures are decoded and cropped to bytes by `workers` threads; the rest is done on the device.
+    """
+    def crops(row):  # of one large picture, a crop for each view
+        picture = images.picture(int(ids[row]))
+        boxes = [view_boxes(draws["crop"][row:row + 1] if draws else None, *picture.shape[1:], view)[0].tolist()
+                 for view, draws in planned]
+        return [TF.resized_crop(picture, *box, [view.size] * 2, antialias=True)
+                for box, (view, _) in zip(boxes, planned)]
+
+    if images.pixels is None:
+        cropped = map(torch.stack, zip(*ahead(crops, range(len(ids)), workers)))
+        planned = [(view, {name: value for name, value in draws.items() if name != "crop"}) for view, draws in planned]
+    else:
+        cropped = [images.pixels[ids.to(images.pixels.device, non_blocking=True)]] * len(planned)
+    views = [render_view(x.to(device), draws, view) for x, (view, draws) in zip(cropped, planned)]
+    return images.index_of[ids].to(device), views  # the index last: reading may have replaced pictures
 
 
 def batches(images, batch_size, augmentations, *, seed, epoch, start=0, device="cpu", workers=0):
@@ -380,35 +366,21 @@ def batches(images, batch_size, augmentations, *, seed, epoch, start=0, device="
 
     Everything random is drawn on the CPU for the global batch from (seed, epoch, step), and a rank uses its slice: an
     epoch can start at any step, and G ranks see exactly what one process would. With images.partner, as many views of
-    each image's partner follow; the images' own stay the same.
+    each image's partner follow; the images' own stay the same. A thread makes the next batch while one is used.
     """
     order, mine = torch.randperm(len(images), generator=random_state(seed, epoch)), local_rows(batch_size)
-    steps, views = range(start, len(images) // batch_size), len(augmentations)
 
-    def plan(step):  # [(ids (b,), augmentation, draws)], one a view: the pictures', then their partners'
-        generator, index = random_state(seed, epoch, step), order[step * batch_size:(step + 1) * batch_size]
-        return [(ids[mine], view, {name: value[mine] for name, value in draw_view(batch_size, view, generator).items()})
-                for ids in ([index] if images.partner is None else [index, images.partner[index]])
-                for view in augmentations]
+    def batch(step):
+        generator, ids = random_state(seed, epoch, step), order[step * batch_size:(step + 1) * batch_size]
+        made = []
+        for own in [ids] if images.partner is None else [ids, images.partner[ids]]:
+            planned = [(view, {name: value[mine] for name, value in draw_view(batch_size, view, generator).items()})
+                       for view in augmentations]
+            made.append(make_views(images, own[mine], planned, device, workers))
+        return step, made[0][0], [view for _, views in made for view in views]
 
-    def request(step):  # a picture and the numbers of its crops, for the workers
-        planned = plan(step)
-        return [(int(i), [draws["crop"][b] for _, _, draws in planned[first:first + views]])
-                for first in range(0, len(planned), views) for b, i in enumerate(planned[first][0])]
-
-    on_demand = images.pixels is None
-    source = decoded(images, map(request, steps), augmentations, workers) if on_demand else itertools.repeat([None] * 2)
-    for (index, crops), step in zip(source, steps):  # in this order: `decoded` is run to its end
-        planned = plan(step)
-        if on_demand:
-            crops = [crop for own in zip(*(c.split(len(planned[0][0])) for c in crops)) for crop in own]
-            for _, _, draws in planned:
-                del draws["crop"]  # done
-        else:
-            index = images.index_of[planned[0][0]]
-            crops = [images.pixels[ids.to(images.pixels.device, non_blocking=True)] for ids, _, _ in planned]
-        yield step, index[:len(planned[0][0])].to(device, non_blocking=True), [
-            render_view(crop.to(device), draws, view) for crop, (_, view, draws) in zip(crops, planned)]
+    yield from ahead(batch, range(start, len(images) // batch_size))
+    images.agree()
 
 
 @torch.no_grad()
@@ -419,23 +391,15 @@ def extract_features(network, images, size, *, device="cpu", workers=0, batch_si
     """
     training = network.training
     network.eval()
-    own = range(len(images))[local_rows(len(images))]
-    rows = own or range(1)  # a rank without a picture looks at one, for the width
-    chunks = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
-    if images.pixels is None:
-        requests = [[(i, [None]) for i in chunk] for chunk in chunks]
-        pictures = (crops[0] for _, crops in decoded(images, requests, [Augmentation(size=size)], workers))
-    else:
-        box = torch.tensor([centre_box(*images.pixels.shape[2:], size)])
-        pictures = (images.pixels[chunk.start:chunk.stop] for chunk in chunks)
+    own = torch.arange(len(images))[local_rows(len(images))]
+    rows = own if len(own) else torch.zeros(1, dtype=torch.long)  # without a picture look at one, for the width
+    planned = [(Augmentation(size=size), {})]
     features = []
-    for batch in pictures:
-        batch = batch.to(device).float() / 255
-        if tuple(batch.shape[2:]) != (size, size):
-            batch = resized_crop(batch, box.expand(len(batch), 4).to(device), size)
+    for _, (view,) in ahead(lambda ids: make_views(images, ids, planned, device, workers), rows.split(batch_size)):
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
-            features.append(network(normalize_pixels(batch)).float())
+            features.append(network(view).float())
     network.train(training)
+    images.agree()
     features = torch.cat(features)[:len(own)]
     if not features.isfinite().all():
         raise FloatingPointError("features are not finite")
@@ -524,6 +488,16 @@ def crop_boxes(u, height, width, scale, ratio):
     return torch.where(fits.any(1, keepdim=True), first, central)
 
 
+def view_boxes(u, height, width, augmentation):
+    """Boxes (n,4) of views by their numbers u (n,10,4), or, where u is None, (1,4): what is looked at without chance,
+    the central square, from 96 px on its middle 7/8, as 224 of 256.
+    """
+    if u is not None:
+        return crop_boxes(u, height, width, augmentation.scale, augmentation.ratio)
+    side = round(min(height, width) * (0.875 if augmentation.size >= 96 else 1))
+    return torch.tensor([[(height - side) // 2, (width - side) // 2, side, side]])
+
+
 def resize_weights(start, length, total, size):
     """Matrices (n, size, total) that resample [start, start + length) of `total` pixels to `size`.
 
@@ -603,8 +577,7 @@ JITTER = {  # each takes factors or shifts (n,); the order of the names is the m
 def render_view(images, draws, augmentation):
     """images (n,3,H,W) uint8, draws on the CPU -> (n,3,size,size) float32, normalised.
 
-    Without a key "crop" the images are taken as cropped already (by a worker that decodes large pictures with the same
-    `crop_boxes`) and must be size x size.
+    Without a key "crop" images of size x size are taken as cropped already, others are cropped to their centre.
     """
     size, most = augmentation.size, max(1, 2**23 // max(1, 12 * augmentation.size**2))
     if images.device.type == "cpu" and len(images) > most:  # 8 MB at a time, which caches hold
@@ -614,11 +587,9 @@ def render_view(images, draws, augmentation):
     if "shuffle" in d:
         images = images.gather(1, d["shuffle"][:, :, None, None].expand_as(images))
     x = images.float() / 255
-    if "crop" in d:
-        boxes = crop_boxes(draws["crop"], *images.shape[2:], augmentation.scale, augmentation.ratio)
+    if "crop" in d or x.shape[2:] != (size, size):
+        boxes = view_boxes(draws.get("crop"), *images.shape[2:], augmentation).expand(len(x), 4)
         x = resized_crop(x, boxes.to(x.device, non_blocking=True), size)
-    elif x.shape[2:] != (size, size):
-        raise ValueError(f"images of {tuple(x.shape[2:])} without crops, but views of {size}")
     if "flip" in d:
         x = torch.where(d["flip"].view(-1, 1, 1, 1), x.flip(3), x)
     if "order" in d:

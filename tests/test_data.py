@@ -4,9 +4,9 @@ import contextlib
 import functools
 import io
 import os
-import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -178,7 +178,7 @@ def test_each_real_folder_counts_once_however_links_loop(tmp_path):
 def test_a_pipe_is_no_picture(tmp_path):
     folder = plain_folder(tmp_path / "pictures", 6)
     os.mkfifo(folder / "!.png")
-    code = f"import common; t = common.load_data({str(folder)!r})[0]; t.picture(0); print(common.readable(t, 0)[2])"
+    code = f"import common; t = common.load_data({str(folder)!r})[0]; t.picture(0); print(t.unreadable[0])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert "no regular file" in done.stdout, done.stderr
 
@@ -293,30 +293,84 @@ def test_stl10_as_torchvision_reads_it(tmp_path, monkeypatch):
     assert test.labels[:, 0].tolist() == [0, 0] and len(train) == 30  # those that can be right or wrong
 
 
-# ---- worker processes
+# ---- threads
 
 
-def one_epoch(images, workers):
-    view = common.Augmentation(size=8)
-    return [index for _, index, _ in common.batches(images, 4, [view], seed=0, epoch=0, workers=workers)]
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A folder of 24 pictures of many sizes, one of them damaged."""
+    folder, generator = tmp_path_factory.mktemp("large"), np.random.default_rng(0)
+    for i in range(24):
+        pixels = generator.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((150 + 9 * i, 200 - 3 * i)).save(folder / f"{i:02d}.jpg")
+    (folder / "05.jpg").write_bytes(b"no picture")
+    return folder
 
 
-def kill_myself(path):
-    os.kill(os.getpid(), signal.SIGKILL)
+def one_epoch(images, workers, start=0, size=16):
+    view = common.Augmentation(size=size, blur_p=0.5)
+    return [*common.batches(images, 4, [view] * 2, seed=0, epoch=0, start=start, workers=workers)]
 
 
-def no_room(images, i):
-    raise RuntimeError("unable to write to file </torch_1>: No space left on device (28)")
+@pytest.mark.parametrize("partner", (None, (torch.arange(24) * 7 + 3) % 24))
+def test_no_number_of_threads_and_no_start_changes_a_batch(partner, large, capsys):
+    """From any step on the same bits, whoever decodes; one line a damaged picture."""
+    epochs = []
+    for workers, start in ((0, 0), (1, 0), (4, 0), (4, 3)):
+        images, _ = common.load_data(str(large))
+        images.partner = partner
+        epochs.append(one_epoch(images, workers, start))
+        x = common.extract_features(nn.Flatten(), images, 16, workers=workers, batch_size=7)
+        assert images.unreadable.keys() == {5} and images.index_of[5] == 6
+        assert torch.equal(x, common.extract_features(nn.Flatten(), images, 16)) and torch.equal(x[5], x[6])
+        assert capsys.readouterr().err.count("using its neighbour: 05.jpg") == 1
+    first = epochs[0]
+    assert [step for step, _, _ in first] == [*range(6)] and not any(5 in index for _, index, _ in first)
+    for epoch, start in zip(epochs, (0, 0, 0, 3)):
+        for (step, index, views), (_, expected, others) in zip(epoch, first[start:], strict=True):
+            assert step >= start and torch.equal(index, expected) and len(views) == (2 if partner is None else 4)
+            assert all(map(torch.equal, views, others))
 
 
-@pytest.mark.parametrize("name, broken, words", (("decode", kill_myself, "DataLoader worker"),
-                                                 ("readable", no_room, "No space left on device")))
-def test_a_worker_that_ends_is_one_sentence(name, broken, words, tmp_path, monkeypatch):
-    images, _ = common.load_data(str(plain_folder(tmp_path / "pictures", 12)))
-    monkeypatch.setattr(common, name, broken)
-    with pytest.raises(common.Stop, match="give fewer --workers") as caught:
-        one_epoch(images, workers=1)
-    assert words in str(caught.value) and "\n" not in str(caught.value) and caught.value.code == 1
+def test_the_next_is_made_while_one_is_used():
+    """One ahead, not more; in order; by as many threads as there shall be, each of which computes on one core."""
+    made, seen = [], set()
+
+    def make(i):
+        made.append(i)
+        seen.add((threading.get_ident(), torch.get_num_threads()))
+        return i
+
+    before, cores = threading.active_count(), torch.get_num_threads()
+    for i in common.ahead(make, range(5)):
+        while len(made) < min(i + 2, 5):  # the next one comes by itself
+            time.sleep(0.001)
+        time.sleep(0.01)
+        assert made == [*range(min(i + 2, 5))]
+    assert len(seen) == 1 and threading.get_ident() not in {thread for thread, _ in seen}
+    assert [*common.ahead(make, range(50), threads=4)] == [*range(50)] and 2 <= len(seen) <= 5
+    assert {n for _, n in seen} == {1} and torch.get_num_threads() == cores
+    assert threading.active_count() == before
+
+
+def test_threads_end_with_the_batches_that_are_left_half_way(large):
+    images, before = common.load_data(str(large))[0], threading.active_count()
+    batches = common.batches(images, 4, [common.Augmentation(size=16)], seed=0, epoch=0, workers=4)
+    next(batches)
+    assert threading.active_count() > before
+    batches.close()
+    assert threading.active_count() == before
+
+
+def test_what_a_thread_raises_reaches_the_loop(large, monkeypatch):
+    """Deep down, in the middle of an epoch: the same exception, and no thread stays."""
+    images, decoded, before = common.load_data(str(large))[0], common.decode, threading.active_count()
+    opened = []
+    monkeypatch.setattr(common, "decode", lambda path: opened.append(path) or decoded(path))
+    monkeypatch.setattr(common, "render_view", lambda *_: 1 / 0 if len(opened) > 12 else None)
+    with pytest.raises(ZeroDivisionError):
+        one_epoch(images, workers=4)
+    assert 12 < len(opened) < 24 and threading.active_count() == before
 
 
 def test_data_that_is_deleted_is_one_sentence(tmp_path):
@@ -327,29 +381,3 @@ def test_data_that_is_deleted_is_one_sentence(tmp_path):
     for workers in (0, 1):
         with pytest.raises(common.Stop, match="^no picture can be read from .*: mend or remove them$"):
             one_epoch(images, workers)
-
-
-def test_workers_leave_ctrl_c_to_the_run(tmp_path):
-    """Spawned workers, interrupted while they start and while they work: the run notes it and gets all its batches."""
-    folder = plain_folder(tmp_path / "pictures", 64)
-    code = f"""if True:
-        import os, signal, sys, threading, time
-        if __name__ == "__main__":
-            import torch
-            sys.path.insert(0, {ROOT!r})
-            import common
-            noted = []
-            signal.signal(signal.SIGINT, lambda *_: noted.append(1))
-            torch.multiprocessing.set_start_method("spawn")
-            images, _ = common.load_data({str(folder)!r})
-            threading.Timer(0.5, os.killpg, (0, signal.SIGINT)).start()
-            view = common.Augmentation(size=8)
-            for step, _, _ in common.batches(images, 4, [view], seed=0, epoch=0, workers=2):
-                if step in (0, 3):
-                    os.killpg(0, signal.SIGINT)
-            print(step, len(noted))
-    """
-    (tmp_path / "run.py").write_text("\n".join(line[8:] for line in code.splitlines()[1:]))
-    done = subprocess.run([sys.executable, "run.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300,
-                          start_new_session=True, env={**os.environ, "PYTHONPATH": ROOT})
-    assert done.stdout.split()[:1] == ["15"] and int(done.stdout.split()[1]) >= 2, done.stderr

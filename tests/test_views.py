@@ -151,16 +151,17 @@ def test_nothing_switched_on_is_a_plain_resize():
     )
 
 
-def test_images_cropped_elsewhere_skip_the_crop():
+def test_without_crops_the_centre_is_taken():
+    """What is cropped already stays; else the largest square, at 96 px or more its middle 7/8."""
     images = (rand_images(4, 24, 24) * 255).byte()
-    draws = {
-        "flip": torch.ones(4, dtype=torch.bool)
-    }  # what is left of draw_view when a worker crops
+    draws = {"flip": torch.ones(4, dtype=torch.bool)}  # what is left of draw_view where a thread has cropped
     assert_close(
         render_view(images, draws, EVERYTHING), normalize_pixels(images.flip(3).float() / 255), **close
     )
-    with pytest.raises(ValueError, match="without crops"):
-        render_view(images[:, :, :20], draws, EVERYTHING)
+    for size, box in ((24, [0, 4, 120, 120]), (96, [7, 11, 105, 105])):
+        images = (rand_images(2, 120, 128) * 255).byte()
+        want = TF.resized_crop(images.float() / 255, *box, [size] * 2, antialias=True)
+        assert_close(render_view(images, {}, Augmentation(size)), normalize_pixels(want), **close)
 
 
 def test_blur_that_is_drawn_for_no_sample_changes_nothing():
