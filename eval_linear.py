@@ -86,7 +86,7 @@ def parse_args(argv=None):
     add("--pairs", type=positive(int, most=10**7), default=200_000, help="of pictures, to compare tree distances")
     add("--seed", type=positive(int, zero=True), default=0, help="of everything random")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
-    add("--workers", type=positive(int, zero=True), default=4, help="processes that decode large pictures")
+    add("--workers", type=positive(int, zero=True), default=4, help="threads that decode large pictures")
     p.set_defaults(fingerprint=None)  # of the run's training pictures
     args = p.parse_args(argv)
     if args.run:

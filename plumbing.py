@@ -195,7 +195,7 @@ def shared_arguments(description, presets):
     add("--seed", type=positive(int, zero=True), default=0, help="of everything random")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     add("--workers", type=positive(int, zero=True), default=4,
-        help="processes that decode pictures too large or too many to keep in memory")
+        help="threads that decode pictures too large or too many to keep in memory")
     add("--amp", action="store_true", help="bfloat16 autocast in the networks; losses stay float32")
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--eval-every", type=positive(int), default=1, help="epochs between kNN evaluations")
