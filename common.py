@@ -357,8 +357,8 @@ def make_views(images, ids, planned, device, workers):
         planned = [(view, {name: value for name, value in draws.items() if name != "crop"}) for view, draws in planned]
     else:
         cropped = [images.pixels[ids.to(images.pixels.device, non_blocking=True)]] * len(planned)
-    views = [render_view(x.to(device), draws, view) for x, (view, draws) in zip(cropped, planned)]
-    return images.index_of[ids].to(device), views  # the index last: reading may have replaced pictures
+    views = [render_view(x.to(device, non_blocking=True), draws, view) for x, (view, draws) in zip(cropped, planned)]
+    return images.index_of[ids].to(device, non_blocking=True), views  # last: reading may have replaced pictures
 
 
 def batches(images, batch_size, augmentations, *, seed, epoch, start=0, device="cpu", workers=0):

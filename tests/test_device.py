@@ -130,7 +130,7 @@ def test_no_step_waits_for_its_device(case, monkeypatch, tmp_path):
     train_on_stand_in(script, argv + more, monkeypatch)
 
 
-@pytest.mark.parametrize("cropped", [False, True], ids=["whole pictures", "crops of workers"])
+@pytest.mark.parametrize("cropped", [False, True], ids=["whole pictures", "crops of threads"])
 def test_no_view_waits_for_its_device(cropped):
     """Every operation switched on; draws stay on the CPU."""
     augmentation = common.Augmentation(size=16, blur_p=0.5, solarize_p=0.5, shuffle_p=0.5)
@@ -143,16 +143,19 @@ def test_no_view_waits_for_its_device(cropped):
     assert view.device == DEVICE and view.shape == (8, 3, 16, 16)
 
 
-@waits_still
-def test_no_batch_from_files_waits_for_its_device(tmp_path):
+@pytest.mark.parametrize("inside", [False, True], ids=["from files", "in memory"])
+def test_no_batch_waits_for_its_device(inside, tmp_path):
+    """What the thread that makes the batches does: no step that is queued meanwhile is held up."""
     for i in range(8):
         Image.new("RGB", (40 + i, 40)).save(tmp_path / f"{i}.png")
     images = common.folder(tmp_path)
     assert images.pixels is None  # decoded on demand
+    images.pixels = torch.zeros(8, 3, 40, 40, dtype=torch.uint8, device=DEVICE) if inside else None
+    view = common.Augmentation(size=16)
+    planned = [(view, common.draw_view(5, view, torch.Generator().manual_seed(0)))] * 2 + [(view, {})]
     with Watch():
-        for _, index, views in common.batches(images, 4, [common.Augmentation(size=16)] * 2, seed=0, epoch=0,
-                                              device=DEVICE):
-            assert {x.device for x in (index, *views)} == {DEVICE}
+        index, views = common.make_views(images, torch.arange(3, 8), planned, DEVICE, workers=2)
+    assert {x.device for x in (index, *views)} == {DEVICE} and [len(x) for x in views] == [5, 5, 5]
 
 
 WAITING = {
