@@ -23,8 +23,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-import PIL
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -102,10 +100,9 @@ def pil_recipe(size, blur):
 
 def contenders(arch, folder, train, args):
     """{name: (epoch -> iterable of pairs of views, step)}."""
-    device = torch.device(args.device)
-    how = dict(batch_size=args.batch_size, shuffle=True, drop_last=True, num_workers=args.workers,
-               multiprocessing_context="fork" if args.workers else None, persistent_workers=args.workers > 0,
-               pin_memory=args.device != "cpu")
+    device, some = torch.device(args.device), args.workers > 0
+    how = dict(batch_size=args.batch_size, shuffle=True, drop_last=True, persistent_workers=some,
+               num_workers=args.workers, multiprocessing_context="fork" if some else None, pin_memory=args.device != "cpu")
     plain = DataLoader(torchvision.datasets.ImageFolder(folder, pil_recipe(SIZE, blur=False)), **how)
     views, step = [hirl_moco.AUGMENTATIONS["cifar"]._replace(size=SIZE)] * 2, our_step(arch, device)
 
@@ -153,10 +150,9 @@ def large_views(args):
     """Views of 224 px from 500 x 375 JPEGs of low-frequency noise, per second of one core."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        noise = np.random.default_rng(0)
-        for i in range(args.jpegs):
-            coarse = Image.fromarray(noise.integers(0, 256, (12, 16, 3), dtype=np.uint8))
-            coarse.resize((500, 375), Image.BICUBIC).save(f"{folder}/{i:04}.jpg", quality=90)
+        noise = torch.rand(args.jpegs, 3, 12, 16, generator=torch.Generator().manual_seed(0))
+        for i, picture in enumerate(map(T.ToPILImage(), noise)):
+            picture.resize((500, 375), Image.BICUBIC).save(f"{folder}/{i:04}.jpg", quality=90)
         images, recipe = common.folder(folder), pil_recipe(224, blur=True)
         views = [hirl_moco.AUGMENTATIONS["imagenet"]._replace(size=224)] * 2
         kinds = {"here": lambda: list(common.batches(images, args.jpegs, views, seed=0, epoch=0)),
@@ -183,7 +179,7 @@ def main():
     p.add_argument("--jpegs", type=int, default=64, help="of 500 x 375 px, 0: none")
     p.add_argument("--device", default="cpu")
     args = p.parse_args()
-    versions = ", ".join(f"{m.__name__} {m.__version__}" for m in (torch, torchvision, PIL, lightly) if m)
+    versions = ", ".join(f"{m.__name__} {m.__version__}" for m in (torch, torchvision, Image, lightly) if m)
     print(f"{time.strftime('%Y-%m-%d')}  python {' '.join(sys.argv)}\n{versions}; {torch.get_num_threads()} threads, "
           f"{args.workers} workers; {cpu_name() if args.device == 'cpu' else torch.cuda.get_device_name()}")
     if args.data:
@@ -192,7 +188,7 @@ def main():
             paths = sorted(common.picture_files(args.data))
             for path in random.Random(0).sample(paths, min(args.pictures, len(paths))):
                 link = Path(folder, path.relative_to(args.data))
-                link.parent.mkdir(parents=True, exist_ok=True)
+                os.makedirs(link.parent, exist_ok=True)
                 link.symlink_to(path.resolve())
             for arch in args.arch:
                 train_side_by_side(arch, folder, args)
