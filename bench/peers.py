@@ -1,7 +1,7 @@
 """MoCo v2 here and as one would otherwise run it: images/s of the same training, side by side.
 
-    python bench/peers.py --data cifar100/train           # a folder of pictures; about ten minutes on two cores
-    python bench/peers.py --data cifar100/train --arch resnet18 --pictures 50000 --device cuda
+    python bench/peers.py --data cifar100/train           # a folder of pictures; some minutes on two cores
+    python bench/peers.py --data cifar100/train --network "resnet18 3x3" --pictures 512   # hardly anything but the step
 
 lightly takes part where it is installed (a folder of its own in PYTHONPATH will do). Same network, pictures and views:
     here         hirl_moco.py's step, without hierarchy, on common.batches
@@ -45,14 +45,14 @@ try:
 except ImportError as error:
     lightly, missing = None, error
 
-STEMS = {"tiny": "3x3s2", "resnet18": "3x3"}
-DIM, QUEUE, TEMPERATURE, MOMENTUM, SIZE = 128, 4096, 0.2, 0.99, 32
+NETWORKS = ["tiny 3x3s2", "resnet18 7x7", "resnet18 3x3"]  # architecture and stem
+BATCH, DIM, QUEUE, TEMPERATURE, MOMENTUM, SIZE = 128, 128, 4096, 0.2, 0.99, 32
 
 
-def our_step(arch, device):
+def our_step(arch, stem, device):
     """hirl_moco.py's step with --clusters 0, as a function of two views (B, 3, S, S)."""
     torch.manual_seed(0)
-    model = hirl_moco.MoCo(hirl_moco.Encoder(arch, STEMS[arch], "mlp", DIM, SIZE), DIM, QUEUE)
+    model = hirl_moco.MoCo(hirl_moco.Encoder(arch, stem, "mlp", DIM, SIZE), DIM, QUEUE)
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), 0.03, momentum=0.9, weight_decay=5e-4)
 
@@ -69,10 +69,10 @@ def our_step(arch, device):
     return step
 
 
-def lightly_step(arch, device):
+def lightly_step(arch, stem, device):
     """The same of lightly's parts, in the order of its MoCo example."""
     torch.manual_seed(0)
-    backbone, width = common.backbone(arch, STEMS[arch], SIZE)
+    backbone, width = common.backbone(arch, stem, SIZE)
     query = torch.nn.Sequential(backbone, MoCoProjectionHead(width, width, DIM)).to(device)
     key = copy.deepcopy(query)
     deactivate_requires_grad(key)
@@ -98,40 +98,41 @@ def pil_recipe(size, blur):
     return lambda picture: [once(picture), once(picture)]
 
 
-def contenders(arch, folder, train, args):
+def contenders(network, folder, train, args):
     """{name: (epoch -> iterable of pairs of views, step)}."""
-    device, some = torch.device(args.device), args.workers > 0
-    how = dict(batch_size=args.batch_size, shuffle=True, drop_last=True, persistent_workers=some,
-               num_workers=args.workers, multiprocessing_context="fork" if some else None, pin_memory=args.device != "cpu")
+    how = dict(batch_size=BATCH, shuffle=True, drop_last=True, pin_memory=args.device != "cpu",
+               **(dict(num_workers=args.workers, persistent_workers=True, multiprocessing_context="fork")
+                  if args.workers else {}))
     plain = DataLoader(torchvision.datasets.ImageFolder(folder, pil_recipe(SIZE, blur=False)), **how)
-    views, step = [hirl_moco.AUGMENTATIONS["cifar"]._replace(size=SIZE)] * 2, our_step(arch, device)
+    views, step = [hirl_moco.AUGMENTATIONS["cifar"]._replace(size=SIZE)] * 2, our_step(*network.split(), args.device)
 
     def ours(epoch):
-        return (batch[2] for batch in common.batches(train, args.batch_size, views, seed=0, epoch=epoch, device=device,
-                                                     workers=args.workers))
+        batches = common.batches(train, BATCH, views, seed=0, epoch=epoch, device=args.device, workers=args.workers)
+        return (crops for _, _, crops in batches)
 
     def theirs(epoch):
-        return ([v.to(device, memory_format=torch.channels_last, non_blocking=True) for v in pair] for pair, _ in plain)
+        return ([v.to(args.device, memory_format=torch.channels_last, non_blocking=True) for v in pair]
+                for pair, _ in plain)
 
-    fixed = [next(ours(0))] * (len(train) // args.batch_size)
+    fixed = [next(ours(0))] * (len(train) // BATCH)
     found = {"here": (ours, step), "torchvision": (theirs, step), "bare step": (lambda epoch: fixed, step)}
     if lightly:
         transform = MoCoV2Transform(input_size=SIZE, gaussian_blur=0.0)
         loader = DataLoader(LightlyDataset(folder, transform=transform), **how)
-        found["lightly"] = (lambda epoch: (batch[0] for batch in loader), lightly_step(arch, device))
+        found["lightly"] = (lambda epoch: (batch[0] for batch in loader), lightly_step(*network.split(), args.device))
     return found
 
 
-def ratio(a, b):
+def ratio(a, b):  # the first round warms up
     return statistics.median(x / y for x, y in list(zip(a, b))[1:])
 
 
-def train_side_by_side(arch, folder, args):
+def train_side_by_side(network, folder, args):
     begun = time.perf_counter()
     train, _ = common.load_data(folder, device=args.device)
-    print(f"{arch}, {STEMS[arch]} stem: {len(train)} pictures, read here in {time.perf_counter() - begun:.1f} s, "
-          f"batch {args.batch_size}, {args.rounds} rounds", flush=True)
-    found = contenders(arch, folder, train, args)
+    print(f"\n{network}: {len(train)} pictures, read here in {time.perf_counter() - begun:.1f} s, "
+          f"batch {BATCH}, {args.rounds} rounds", flush=True)
+    found = contenders(network, folder, train, args)
     speed = {name: [] for name in found}
     for turn in range(args.rounds + 1):  # the first warms up
         for name in list(found)[:: 1 if turn % 2 else -1]:
@@ -139,7 +140,7 @@ def train_side_by_side(arch, folder, args):
             steps = sum(step(*views) or 1 for views in batches(turn))
             if args.device != "cpu":
                 torch.cuda.synchronize()
-            speed[name].append(steps * args.batch_size / (time.perf_counter() - begun))
+            speed[name].append(steps * BATCH / (time.perf_counter() - begun))
     print(f"{'':12}{'images/s':>10}{'from':>8}{'to':>8}{'here is faster':>16}{'of the bare step':>18}")
     for name, (_, *rounds) in speed.items():
         print(f"{name:12}{statistics.median(rounds):10.0f}{min(rounds):8.0f}{max(rounds):8.0f}"
@@ -172,8 +173,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", help="folder of pictures in sub-folders; without it, 224 px alone")
     p.add_argument("--pictures", type=int, default=2560, help="of them, drawn at random")
-    p.add_argument("--arch", nargs="+", choices=STEMS, default=list(STEMS))
-    p.add_argument("--batch-size", type=int, default=128)
+    p.add_argument("--network", nargs="+", choices=NETWORKS, default=NETWORKS[:2], help="architecture and stem")
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of a DataLoader")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--jpegs", type=int, default=64, help="of 500 x 375 px, 0: none")
@@ -183,15 +183,15 @@ def main():
     print(f"{time.strftime('%Y-%m-%d')}  python {' '.join(sys.argv)}\n{versions}; {torch.get_num_threads()} threads, "
           f"{args.workers} workers; {cpu_name() if args.device == 'cpu' else torch.cuda.get_device_name()}")
     if args.data:
-        print("" if lightly else f"lightly is left out, for it cannot be imported ({missing}): pip install lightly")
+        print(end="" if lightly else f"lightly is left out, for it cannot be imported ({missing}): pip install it\n")
         with tempfile.TemporaryDirectory() as folder:
             paths = sorted(common.picture_files(args.data))
             for path in random.Random(0).sample(paths, min(args.pictures, len(paths))):
                 link = Path(folder, path.relative_to(args.data))
                 os.makedirs(link.parent, exist_ok=True)
                 link.symlink_to(path.resolve())
-            for arch in args.arch:
-                train_side_by_side(arch, folder, args)
+            for network in args.network:
+                train_side_by_side(network, folder, args)
     if args.jpegs:
         large_views(args)
 
