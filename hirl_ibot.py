@@ -200,9 +200,9 @@ def block_masks(draws, ratio, side):
     vain end the mask. Source: iBOT (2111.07832), as released.
     """
     masks = torch.zeros(len(draws), side, side, dtype=torch.bool)
-    for mask, tries, missing in zip(masks.numpy(), draws.tolist(), (ratio * side**2).tolist()):
+    for mask, tries, missing in zip(masks.numpy(), draws.numpy(), (ratio * side**2).tolist()):
         vain = 0
-        for area, aspect, row, column in tries:
+        for area, aspect, row, column in tries.tolist() if missing > 0 else ():
             if missing <= 0 or vain == 10:
                 break
             area = (side // 3) ** 2 * (1 - area) + missing * area
