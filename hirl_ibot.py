@@ -381,7 +381,8 @@ def main(args):
 
             # ---- [method] logits of student and teacher, of class tokens and patches
             masks = random_masks(batch_size, args.image_size // model.student.backbone.patch_size, args.mask_share,
-                                 args.mask_ratio, common.random_state(*place, "masks")).to(device)  # (2, b, h, w)
+                                 args.mask_ratio, common.random_state(*place, "masks"))  # (2, b, h, w)
+            hidden, masks = (x.to(device, non_blocking=True) for x in (masks.flatten().nonzero()[:, 0], masks))
             branches = common.drop_path(model.student.backbone, args.drop_path, len(views), batch_size,
                                         common.random_state(*place, "drop path"))
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
@@ -395,7 +396,7 @@ def main(args):
             # ---- [method] base loss
             balance = args.centering == "sinkhorn"
             center = balancing_center(t, temperature) if balance else model.center
-            patch_center = balancing_center(t_patch[masks], temperature) if balance else model.patch_center
+            patch_center = balancing_center(t_patch.flatten(0, 2)[hidden], temperature) if balance else model.patch_center
             losses = {"dino": dino_loss(s, t, center, args.temperature, temperature),
                       "patch": args.patch_weight * patch_loss(s_patch, t_patch, masks, patch_center, args.temperature,
                                                               temperature)}
