@@ -1,14 +1,16 @@
 """What the data pipeline and the hierarchy cost a training step: ratios, measured side by side.
 
-    python bench/pipeline.py                                       # textures, the default network
+    python bench/pipeline.py                        # textures, the default network: half a minute on two idle cores
     python bench/pipeline.py --data cifar100 --arch resnet18 --stem 3x3 --batch-size 256 --device cuda
 
-Alternates, in one process: a step of MoCo on a fixed batch; the same step fed by the real pipeline (draws, crops,
-colours); and the pipeline alone, also as PIL transforms in the data-set object, the usual way. Then the epoch:
-with / without clustering and path loss, from the measured step, feature pass and k-means.
+Alternates, in one process, stretches of some steps each: a step of MoCo on a fixed batch; the same step fed by the real
+pipeline (draws, crops, colours), which makes a batch ahead; and the pipeline alone, also as PIL transforms in the
+data-set object, the usual way. Then the epoch: with / without clustering and path loss, from the measured step, feature
+pass and k-means. Ratios are medians over the rounds.
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -34,6 +36,24 @@ def clock(function, device):
     return time.perf_counter() - start, result
 
 
+def stretch(batches, step, steps, device):
+    """Seconds a step; the first is not counted: it waits for the pipeline, which then works ahead."""
+    source = iter(batches())
+    step(next(source))
+    return clock(lambda: [step(next(source)) for _ in range(steps)], device)[0] / steps
+
+
+def alternate(kinds, rounds, steps, device):
+    """{name: seconds a step in each round} of {name: (() -> iterable of batches, step)}; a round warms up."""
+    seconds = {name: [] for name in kinds}
+    for turn in range(rounds + 1):
+        for name, (batches, step) in kinds.items():
+            seconds[name].append(stretch(batches, step, steps, device))
+        last = ", ".join(f"{1000 * times[-1]:.1f}" for times in seconds.values())
+        print(f"round {turn} of {rounds}: {last} ms", file=sys.stderr, flush=True)
+    return {name: times[1:] for name, times in seconds.items()}
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", default="textures")
@@ -41,7 +61,8 @@ def main():
     p.add_argument("--arch", default="tiny")
     p.add_argument("--stem", default="3x3s2")
     p.add_argument("--batch-size", type=int, default=64)
-    p.add_argument("--steps", type=int, default=20, help="of each kind")
+    p.add_argument("--steps", type=int, default=15, help="of each kind, in each round")
+    p.add_argument("--rounds", type=int, default=7)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args()
     device = torch.device(args.device)
@@ -71,30 +92,31 @@ def main():
         model.enqueue(k)
 
     def stream():
-        epoch = 0
-        while True:
-            yield from common.batches(train, args.batch_size, [view] * 2, seed=0, epoch=epoch, device=device)
-            epoch += 1
+        return itertools.chain.from_iterable(
+            common.batches(train, args.batch_size, [view] * 2, seed=0, epoch=epoch, device=device)
+            for epoch in itertools.count())
 
     pil = transforms.Compose([
         transforms.RandomResizedCrop(32, view.scale), transforms.RandomHorizontalFlip(),
         transforms.RandomApply([transforms.ColorJitter(*view.jitter)], view.jitter_p),
         transforms.RandomGrayscale(view.gray_p), transforms.ToTensor(), transforms.Normalize(0.5, 0.25)])
     pictures = [to_pil_image(train.picture(i).cpu()) for i in range(args.batch_size)]
-    source = stream()
-    _, index, fixed = next(source)
+    fixed = next(stream())
     features_s, x = clock(lambda: F.normalize(common.extract_features(model.encoder_k, train, 32, device=device),
                                               dim=1), device)
     kmeans_s, hierarchy = clock(lambda: common.hierarchical_kmeans(x, clusters, temperature=0.2), device)
-    kinds = {"step, fixed batch": lambda: step(fixed), "step, real pipeline": lambda: step(next(source)[2]),
-             "step with path loss, real pipeline": lambda: step((b := next(source))[2], hierarchy, b[1]),
-             "pipeline alone": lambda: next(source),
-             "PIL transforms, one process": lambda: [pil(picture) for picture in pictures * 2]}
-    seconds = {name: [] for name in kinds}
-    for _ in range(args.steps + 2):  # two rounds to warm up
-        for name, function in kinds.items():
-            seconds[name].append(clock(function, device)[0])
-    took = {name: statistics.median(times[2:]) for name, times in seconds.items()}
+    seconds = alternate({
+        "step, fixed batch": (lambda: itertools.repeat(fixed), lambda batch: step(batch[2])),
+        "step, real pipeline": (stream, lambda batch: step(batch[2])),
+        "step with path loss, real pipeline": (stream, lambda batch: step(batch[2], hierarchy, batch[1])),
+        "pipeline alone": (stream, lambda batch: None),
+        "PIL transforms, one process": (lambda: itertools.repeat(pictures * 2), lambda batch: [*map(pil, batch)]),
+    }, args.rounds, args.steps, device)
+    took = {name: statistics.median(times) for name, times in seconds.items()}
+
+    def ratio(name, base):
+        return statistics.median(a / b for a, b in zip(seconds[name], seconds[base]))
+
     name = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
     print(f"{time.strftime('%Y-%m-%d')}  torch {torch.__version__}  {torch.get_num_threads()} threads  {name}")
     print(f"{Path(args.data).name}, {len(train)} pictures, {args.arch} {args.stem}, batch {args.batch_size}, "
@@ -102,9 +124,9 @@ def main():
     for name, t in took.items():
         print(f"{name:36} {1000 * t:8.1f} ms   {2 * args.batch_size / t:9.0f} views/s")
     print("step on the pipeline / on a fixed batch        "
-          f"{took['step, real pipeline'] / took['step, fixed batch']:.3f}   (at most 1.1)")
+          f"{ratio('step, real pipeline', 'step, fixed batch'):.3f}   (at most 1.1)")
     print(f"pipeline / PIL transforms                      "
-          f"{took['PIL transforms, one process'] / took['pipeline alone']:.1f} x faster")
+          f"{ratio('PIL transforms, one process', 'pipeline alone'):.1f} x faster")
     steps = len(train) // args.batch_size
     plain, full = steps * took["step, real pipeline"], steps * took["step with path loss, real pipeline"]
     print(f"epoch: {plain:.1f} s of steps; with hierarchy {full:.1f} s of steps + {features_s:.1f} s features + "
