@@ -544,7 +544,8 @@ def in_turn(path, write):
 
 def add_result(path, result):
     """Write it with the earlier ones in the same file, so that none is lost."""
-    in_turn(path, lambda: plumbing.write_json(path, dict(result, earlier=earlier_results(path))))
+    in_turn(path, lambda: plumbing.write_atomically(path, json.dumps(
+        dict(result, earlier=earlier_results(path)), indent=1, allow_nan=False).encode()))
 
 
 def assert_unchanged(network, frozen):

@@ -265,7 +265,6 @@ def main(args):
     run.start(train, device, clusters=clusters, batch_size=batch_size, steps_per_epoch=steps_per_epoch,
               peak_lr=peak_lr, chance_level_loss={name: round(loss, 4) for name, loss in chance.items()})
     start_epoch, start_step, hierarchy = run.resume(device, model=model, optimizer=optimizer)
-    hierarchy = hierarchy and common.Hierarchy(*hierarchy)
 
     # ---- [shared] features and tree
     features, knn = plumbing.evaluation(args, device, train, test, exported.backbone)

@@ -8,18 +8,20 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import functools
 import importlib.util
 import io
 import itertools
 import json
-import math
 import os
 import platform
+import re
 import signal
 import sys
 import time
 import warnings
 import zipfile
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 
@@ -32,23 +34,13 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import common
-from common import (
-    Stop,
-    all_gather_rows,
-    all_reduce_sum,
-    decode,
-    differentiable_sum,
-    local_rows,
-    picture_files,
-    processes,
-    rank,
-)
+from common import Stop, all_gather_rows, all_reduce_sum, differentiable_sum, local_rows, processes, rank
 
 TIMEOUT = timedelta(minutes=30)  # a process that is silent for longer is lost
+LOWER = "stopped, the last checkpoint is good; try a lower --base-lr or leave out --amp, in another --out"
+
 
 # ---- start and end
-
-
 def launch(main, parse_args):
     """Run main(parse_args()) and end with the exit code and the sentence each failure deserves."""
     for name in ("stdout", "stderr"):
@@ -60,46 +52,42 @@ def launch(main, parse_args):
         if processes() > 1:  # leave together: a process that ends while another still talks to it may abort
             all_reduce_sum(torch.zeros(1))
             dist.destroy_process_group()
-        return
     except (Exception, KeyboardInterrupt) as error:
-        known = explanation(error)
-        if known is None:
-            raise
-    code, sentence = known
-    if sentence and (code < 128 or rank() == 0):
-        with contextlib.suppress(OSError):
+        code, sentence = explanation(error)
+        if code == 141:  # nobody reads what is printed: nothing more is
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        elif code < 128 or rank() == 0:
             print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr, flush=True)
-    if code == 141:  # nobody reads what is printed: nothing more is
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os._exit(code) if processes() > 1 else sys.exit(code)  # subtle: never wait for peers that are gone
+        os._exit(code) if processes() > 1 else sys.exit(code)  # subtle: never wait for peers that are gone
 
 
 def explanation(error):
-    """(exit code, sentence) of an exception that a user can cause, None of one that is a fault of the program."""
-    text, first = str(error), str(error).partition("\n")[0]
-    lost = ("connection", "peer", "timed out", "gloo", "nccl", "watchdog", "abort") if processes() > 1 else ()
-    if isinstance(error, Stop):
-        return error.code, text
+    """(exit code, sentence) of an exception that a user can cause; a fault of the program is raised again."""
+    first = str(error).partition("\n")[0]
+    lost = "connection|peer|timed out|gloo|nccl|watchdog|abort" if processes() > 1 else "(?!)"  # matches nothing
     for kind, words, code, sentence in (
-            (KeyboardInterrupt, [""], 130, "interrupted: what was saved before is intact"),
-            (BrokenPipeError, [""], 141, ""),  # as a tool that SIGPIPE ends
-            (OSError, [""], 2, f"{first}: correct the path or its permissions"),
-            (FloatingPointError, [""], 1, f"features = nan after the last step: {LOWER}"),
-            (RuntimeError, ["out of memory", "alloc_failed"], 1,  # CUDA's words and its libraries'
+            (Stop, "", getattr(error, "code", 1), str(error)),
+            (KeyboardInterrupt, "", 130, "interrupted: what was saved before is intact"),
+            (BrokenPipeError, "", 141, "as a tool that SIGPIPE ends"),
+            (OSError, "", 2, f"{first}: correct the path or its permissions"),
+            (FloatingPointError, "", 1, f"features = nan after the last step: {LOWER}"),
+            (RuntimeError, "out of memory|alloc_failed", 1,  # CUDA's words and its libraries'
              f"out of GPU memory at {peak_memory()} GiB: give a smaller --batch-size"),
-            (RuntimeError, lost, 1, f"stopped because of another process ({first}): read what that one said, and "
-                                    "continue with --resume"),
-            (RuntimeError, ["kernel size", "too small"], 2,
-             f"the pictures are too small for this network ({first}): give a larger --image-size, or another --stem"),
-            ((RuntimeError, MemoryError), ["allocate memory", "not enough memory", "overflow"], 2,
+            (RuntimeError, lost, 1, f"another process stopped this one ({first}): read its sentence, then --resume"),
+            (RuntimeError, "kernel size|too small", 2, f"too small views ({first}): give a larger --image-size"),
+            ((RuntimeError, MemoryError), "allocate memory|not enough memory|overflow", 2,
              f"a size is too large for this machine ({first}): give smaller numbers")):
-        if isinstance(error, kind) and any(word in text.lower() for word in words):
+        if isinstance(error, kind) and re.search(words, str(error).lower()):
             return code, sentence
+    raise error
 
 
 def set_up(args):
     """Device, processes, seed: everything before the data. Returns the torch.device."""
-    keep_freed_memory()
+    with contextlib.suppress(OSError, AttributeError):  # glibc: keep large freed blocks, not fault every page in anew,
+        libc = ctypes.CDLL("libc.so.6")  # which makes the augmentation twice as fast on the CPU
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, bytes
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
     several = os.environ.get("WORLD_SIZE", "1") != "1"
     name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -107,10 +95,10 @@ def set_up(args):
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if several else device.index or 0)
             torch.cuda.set_device(device)
+            torch.backends.cudnn.benchmark = True  # runs equal bit for bit are promised on the CPU alone
         torch.zeros(1, dtype=torch.float64, device=device).item()  # Apple's GPUs have none such
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise Stop(f"--device {name} is not there, or lacks something ({str(error).splitlines()[0]}): use --device "
-                   "cpu") from error
+        raise Stop(f"--device {name} cannot be used ({str(error).splitlines()[0]}): use --device cpu") from error
     if several and not dist.is_initialized():  # tensors on the CPU travel by gloo
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
@@ -121,19 +109,7 @@ def set_up(args):
     return device
 
 
-def keep_freed_memory():
-    """Let glibc keep large freed blocks, not fault every page in anew: the augmentation is twice as fast on the CPU."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, bytes
-        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-    except (OSError, AttributeError):
-        pass  # no glibc, no need
-
-
 # ---- arguments
-
-
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one sentence, without usage text."""
 
@@ -202,74 +178,41 @@ def shared_arguments(description, presets):
     add("--tensorboard", action="store_true", help="also write the log for tensorboard, if it is installed")
     return p
 
-
-MAY_DIFFER = ("resume", "out", "data", "device", "workers", "compile", "eval_every", "data_root", "tensorboard")
-
-
 def resolve_arguments(parser, presets, argv=None):
-    """Arguments from, in falling order of precedence, the command line, the resumed run, the preset.
+    """Arguments from, in falling order of precedence, the command line, that of the run to resume, the preset.
 
-    args.given lists what the command line named: an explicit request is obeyed or refused, whereas a
-    preset's number is reduced, and said, where the data is too small for it.
+    args.argv are the words of both command lines: what they ask for is obeyed or refused, whereas a preset's number is
+    reduced, and said, where the data is too small for it.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(argv)
-    given = {str(word)[2:].split("=")[0].replace("-", "_") for word in argv if str(word).startswith("--")}
-    given |= {name.removeprefix("no_") for name in given}
+    argv = [part for word in (sys.argv[1:] if argv is None else map(str, argv))
+            for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    args, script = parser.parse_args(argv), Path(parser.prog).stem
     data = Path(args.data).resolve().name if Path(args.data).is_dir() else args.data
-    script = Path(parser.prog).stem
     folder = Path(args.out or f"runs/{script}-{data}-{args.seed}")
     if args.resume and (folder / "config.json").exists():
-        defaults = saved_arguments(folder, script, parser)
-        other = [f"--{name.replace('_', '-')} {defaults[name]}" for name in (given & {*defaults}) - {*MAY_DIFFER}
-                 if getattr(args, name) not in (defaults[name], "auto")]
-        if other:
-            raise Stop(f"{folder} was started with {', '.join(other)}: resume with the same arguments, or choose "
-                       "another --out")
-        given |= {*defaults.pop("given")}  # asked for then: not a preset's number now
-    else:
-        preset = args.preset if args.preset != "auto" else preset_of(args.data)
-        defaults = {**presets[preset], "preset": preset}
-        if args.epochs:  # fewer or more epochs: the same share of them is warm-up
-            defaults["warmup_epochs"] = round(defaults["warmup_epochs"] * args.epochs / defaults["epochs"])
-    parser.set_defaults(**defaults)
+        saved = read_json(folder / "config.json")["arguments"]
+        if saved.get("script") != script or not isinstance(saved.get("argv"), list):
+            raise Stop(f"{folder}/config.json is of {saved.get('script')}.py: resume with it, or give another --out")
+        argv = [*map(str, saved["argv"]), *argv]  # of a flag given twice the later one counts
+        args = parser.parse_args(argv)
+    preset = args.preset if args.preset != "auto" else preset_of(args.data)
+    parser.set_defaults(**presets[preset])
+    if args.epochs:  # fewer or more epochs: the same share of them is warm-up
+        share = presets[preset]["warmup_epochs"] * args.epochs / presets[preset]["epochs"]
+        parser.set_defaults(warmup_epochs=round(share))
+    argv += ["--preset", preset]
     args = parser.parse_args(argv)
-    args.out, args.given, args.script = str(folder), sorted(given & {*vars(args)}), script
-    args.preset = defaults["preset"]  # also where the command line says auto
+    args.out, args.script, args.argv = str(folder), script, argv
     return args
-
-
-def saved_arguments(folder, script, parser):
-    """The arguments of the run in `folder`, each one such as this script could have written; and `given`."""
-    saved = read_json(folder / "config.json")["arguments"]
-    if saved.get("script") != script:
-        raise Stop(f"{folder}/config.json is of a run of {saved.get('script')}.py: resume it with that, or choose "
-                   "another --out")
-
-    def possible(action, value):  # what the parser makes of it is what it is
-        values = value if action.nargs else [value]
-        try:
-            return (type(value) is bool if action.nargs == 0 else value in (action.choices or [value]) and
-                    values == [(action.type or str)(str(v)) for v in values])
-        except (TypeError, ValueError, argparse.ArgumentTypeError):
-            return False
-
-    own = {action.dest: action for action in parser._actions if action.dest not in ("help", "resume", "out")}
-    bad = [name for name, action in own.items() if not possible(action, saved.get(name))]
-    given = saved.get("given")
-    if bad or not isinstance(given, list) or not all(isinstance(name, str) for name in given):
-        raise Stop(f"{folder}/config.json is of no run of this program, see its {[*bad, 'given'][0]}: restore it, or "
-                   "choose another --out")
-    return {**{name: saved[name] for name in own}, "given": given}
 
 
 def preset_of(data):
     """textures, cifar (pictures up to 64 px), photos (fewer than 100,000) or imagenet."""
     if data == "textures" or not Path(data).is_dir():
         return {"textures": "textures", "stl10": "photos"}.get(data, "cifar")
-    many = list(itertools.islice(picture_files(data), 100_000))
+    many = list(itertools.islice(common.picture_files(data), 100_000))
     try:
-        small = max(decode(many[0]).shape[1:]) <= 64
+        small = max(common.decode(many[0]).shape[1:]) <= 64
     except Exception:  # no picture, or a damaged one: load_data will say so
         small = False
     return "cifar" if small else "photos" if len(many) < 100_000 else "imagenet"
@@ -280,7 +223,7 @@ def fit(name, args, at_most, what="pictures"):
     wanted, flag = getattr(args, name), "--" + name.replace("_", "-")
     if wanted <= at_most:
         return wanted
-    if name in args.given:
+    if flag in args.argv:
         raise Stop(f"{flag} {wanted} is above the {at_most} {what} of {args.data}: give at most {at_most}")
     say(f"{flag} reduced from the preset's {wanted} to {at_most}, the {what} there are")
     return at_most
@@ -288,33 +231,25 @@ def fit(name, args, at_most, what="pictures"):
 
 def fit_clusters(args, pictures):
     """--clusters as a strictly falling list, [] for none; a preset shrinks to 20 pictures a cluster."""
-    clusters = [] if args.clusters == [0] else list(args.clusters)
+    clusters = [] if args.clusters == [0] else args.clusters
+    finest, room = max(clusters, default=0), pictures if "--clusters" in args.argv else pictures / 20
     if clusters != sorted({*clusters}, reverse=True) or min(clusters, default=2) < 2:  # one cluster tells nothing apart
-        raise Stop(f"--clusters {' '.join(map(str, clusters))} must be at least 2 and fall from level to level, finest "
-                   "first (or be 0 for none)")
-    if clusters and args.warmup_epochs >= args.epochs:
-        say(f"--warmup-epochs {args.warmup_epochs} of {args.epochs}: the run ends before the warm-up does")
-    finest = max(clusters, default=0)
-    if "clusters" in args.given and finest > pictures:
+        raise Stop(f"--clusters {clusters} must be at least 2 and fall from level to level, finest first, or be 0")
+    if finest > room == pictures:
         raise Stop(f"--clusters {finest} is above the {pictures} pictures of {args.data}: give at most {pictures}")
-    if "clusters" in args.given or finest <= pictures / 20:
-        return clusters
-    fitted = sorted({max(2, round(k / finest * pictures / 20)) for k in clusters}, reverse=True)
-    if fitted[0] > pictures:
-        raise Stop(f"{pictures} pictures are too few for a tree of clusters: add some, or give --clusters 0")
-    say(f"--clusters reduced from the preset's {clusters} to {fitted}, 20 pictures a cluster")
-    return fitted
+    if finest > room:
+        clusters = sorted({max(2, round(k / finest * pictures / 20)) for k in clusters}, reverse=True)
+        say(f"--clusters reduced from the preset's {args.clusters} to {clusters}, 20 pictures a cluster")
+    return clusters
 
 
 def fit_batch(args, pictures):
-    """--batch-size, or fewer where a preset asks for more than there are pictures; a multiple of the ranks."""
+    """--batch-size, or fewer where a preset asks for more than there are pictures; a multiple of the processes."""
     size = processes()
     batch_size = fit("batch_size", args, at_most=pictures) // size * size
-    if batch_size != args.batch_size and "batch_size" in args.given:
-        raise Stop(f"--batch-size {args.batch_size} cannot be shared by {size} processes: make it a multiple")
-    if batch_size < 2 * size:
-        raise Stop(f"a batch of {batch_size} images for {size} processes is too small for batch norm: --batch-size "
-                   f"must be at least {2 * size}, and so must the number of pictures")
+    if batch_size < 2 * size or batch_size != args.batch_size and "--batch-size" in args.argv:
+        raise Stop(f"--batch-size {args.batch_size}, of {pictures} pictures, must be a multiple of {size} processes "
+                   f"and at least {2 * size}, for batch norm")
     return batch_size
 
 
@@ -322,16 +257,12 @@ def evaluation(args, device, train, test, backbone):
     """Two functions: features(network, images) -> (n, F) of this process's pictures, by the network in evaluation mode;
     knn() -> accuracy of the backbone's features in percent, a label depth, or None without labels.
     """
-    def features(network, images):
-        return common.extract_features(network, images, args.image_size, device=device, workers=args.workers,
-                                       amp=args.amp)
-
-    return features, lambda: common.knn_accuracy(train, test, lambda images: features(backbone, images))
+    features = functools.partial(common.extract_features, size=args.image_size, device=device, workers=args.workers,
+                                 amp=args.amp)
+    return features, lambda: common.knn_accuracy(train, test, functools.partial(features, backbone))
 
 
 # ---- several processes
-
-
 def set_lr(optimizer, lr):
     """The learning rate of every parameter, from now on."""
     for group in optimizer.param_groups:
@@ -351,36 +282,32 @@ def average_gradients(parameters):
     average([p.grad for p in parameters if p.grad is not None])
 
 
-def average_statistics(network):
-    """Mean over ranks of the running statistics of batch norms that see one rank's rows: one network on all ranks."""
-    average([statistic for norm in network.modules()
-             if isinstance(norm, nn.modules.batchnorm._BatchNorm) and not isinstance(norm, SyncBatchNorm)
-             for statistic in (norm.running_mean, norm.running_var) if statistic is not None])
+def own_statistics(network):
+    """Running statistics of batch norms that see one rank's rows: what `average` must keep equal on all ranks."""
+    return [statistic for norm in network.modules()
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and not isinstance(norm, SyncBatchNorm)
+            for statistic in (norm.running_mean, norm.running_var) if statistic is not None]
 
 
-class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over the rows of all ranks, on any device (torch's own needs a GPU)."""
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """Batch norm over the rows of all ranks, equally many each: torch's, which wants a GPU, and ours elsewhere."""
 
-    def _check_input_dim(self, x):
-        pass
+    process_group = None  # everyone
 
     def forward(self, x):
-        if not self.training or processes() == 1:
+        if x.device.type == "cuda" or not self.training or processes() == 1:
             return super().forward(x)
-        over = [d for d in range(x.ndim) if d != 1]
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        count = x.numel() / x.shape[1] * processes()  # equal slices of the batch on every rank
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        mean = differentiable_sum(wide.sum(over)) / count
-        centred = wide - mean.view(shape)
-        var = differentiable_sum(centred.pow(2).sum(over)) / count
+        wide, over = x.to(torch.promote_types(x.dtype, torch.float32)), [0, *range(2, x.ndim)]
+        mean = differentiable_sum(wide.mean(over, keepdim=True)) / processes()  # (1, C, 1, ...)
+        centred = wide - mean
+        var = differentiable_sum(centred.pow(2).mean(over, keepdim=True)) / processes()
+        count = x.numel() / x.shape[1] * processes()
         with torch.no_grad():
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * count / (count - 1), self.momentum)
-        scale = (var + self.eps).rsqrt() * (self.weight if self.affine else 1)
-        y = centred * scale.view(shape)
-        return (y + self.bias.view(shape) if self.affine else y).to(x.dtype)
+            self.running_mean.lerp_(mean.flatten(), self.momentum)
+            self.running_var.lerp_(var.flatten() * count / (count - 1), self.momentum)
+        scale, shift = (self.weight.view_as(mean), self.bias.view_as(mean)) if self.affine else (1, 0)
+        return (centred * ((var + self.eps).rsqrt() * scale) + shift).to(x.dtype)
 
 
 def sync_batch_norm(module):
@@ -404,6 +331,8 @@ def make_keys(encode, view, bn, generator):
 
 
 # ---- the run folder
+MAY_DIFFER = {"resume", "out", "argv", "data", "device", "workers", "compile", "eval_every", "data_root", "tensorboard",
+              "processes"}  # between a run and what resumes it
 
 
 class Run:
@@ -414,187 +343,176 @@ class Run:
     """
 
     def __init__(self, args):
-        self.args, self.folder, self.board = args, Path(args.out), None
-        self.signal, self.saving, self.parent = 0, False, os.getppid()
-        self.checkpoint_path, self.log, self.parts = self.folder / "checkpoint.pt", [], {}
+        self.args, self.folder, self.log, self.board = args, Path(args.out), [], None
         self.sums, self.steps, self.last = {}, 0, None  # of the epoch so far: sums of its losses, steps, last losses
+        self.signal, self.flag, self.parent = 0, (torch.tensor(0), None), os.getppid()
         if args.resume and not (self.folder / "config.json").exists():
             raise Stop(f"{self.folder} holds no run to resume: leave out --resume, or correct --out")
         if not args.resume:
             refuse_existing(self.folder)
         if args.tensorboard and not importlib.util.find_spec("tensorboard"):
             raise Stop("--tensorboard needs the package tensorboard: install it, or leave that out")
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.note_signal)
+        for number in (signal.SIGTERM, signal.SIGINT):  # noted: the step is finished and saved first
+            signal.signal(number, lambda number, frame: setattr(self, "signal", number))
 
     def start(self, train, device, **derived):
-        """Say what the run will do; take the folder; write config.json, or check that a resumed run had the same data.
+        """Say what the run will do; take the folder; write config.json, or check that a resumed run is the same one.
 
         train: Images; derived: numbers that follow from arguments and data.
         """
         self.train, self.batch_size, path = train, derived["batch_size"], self.folder / "config.json"
         derived = dict(pictures=len(train), fingerprint=train.fingerprint(), processes=processes(), device=str(device),
                        **derived)
-        shown = {**{name: value for name, value in vars(self.args).items() if name != "given"}, **derived}
-        say(f"{self.folder}, preset {self.args.preset}")
-        for name, value in shown.items():
-            say(f"  {name:20} {value}")
+        now = {**vars(self.args), **derived}
+        say("\n  ".join([str(self.folder), *(f"{name:20} {value}" for name, value in now.items())]))
         if rank() == 0:
             claim(self.folder, new=not self.args.resume)
         all_reduce_sum(torch.zeros(1))  # nobody goes on before
         if not self.args.resume:
-            write_json(path, dict(arguments=vars(self.args), derived=derived, **circumstances()))
-            return
-        saved = read_json(path)["derived"]
-        changed = [name for name in saved if saved[name] != derived.get(name)]
-        if differs := [f"{n} {saved[n]}" for n in changed if n in ("pictures", "fingerprint", "clusters")]:
-            raise Stop(f"{self.folder} ran on other data ({', '.join(differs)}): give the same --data, or choose "
+            config = dict(arguments=vars(self.args), derived=derived, **circumstances())
+            return write_atomically(path, json.dumps(config, indent=1).encode())
+        saved = {**read_json(path)["arguments"], **read_json(path)["derived"]}
+        changed = {name for name in now if saved.get(name) != now[name]}
+        said = ", ".join(f"{name} ({saved.get(name)} before)" for name in sorted(changed - MAY_DIFFER or changed))
+        if changed - MAY_DIFFER:
+            raise Stop(f"{self.folder} was started with other arguments or data ({said}): give the same, or choose "
                        "another --out")
-        if changed:
-            say("resumed with another " + ", ".join(f"{name} ({saved[name]} before)" for name in changed))
+        say(f"resumed with another {said}")
 
     def resume(self, device, **parts):
         """Load the checkpoint, if there is one, into `parts` (model, optimizer) -> (epoch, step) to go on at, keep.
 
         It is read on the CPU; a Hierarchy goes to the device, a table and what Adam counts stay there.
         """
-        self.parts = parts
-        if not self.checkpoint_path.exists():
+        self.parts, self.statistics, path = parts, own_statistics(parts["model"]), self.folder / "checkpoint.pt"
+        if not path.exists():
             return 0, 0, None
-        state = load_file(self.checkpoint_path)
+        state = load_file(path)
         try:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
-            epoch, step, self.steps = (state[name] for name in ("epoch", "step", "steps"))
+            epoch, step, self.steps, keep = (state[name] for name in ("epoch", "step", "steps", "keep"))
             if {type(epoch), type(step), type(self.steps)} != {int} or min(epoch, step) < 0 or epoch > self.args.epochs:
                 raise ValueError("no count")
-            self.sums, keep = {name: float(total) for name, total in state["sums"].items()}, state["keep"]
-            if not (keep is None or torch.is_tensor(keep) or [*map(type, keep)] == [list] * 4):
-                raise ValueError("no Hierarchy")
-            if isinstance(keep, tuple | list):
-                keep = tuple([level.to(device) for level in levels] for levels in keep)
+            self.sums = {name: float(total) for name, total in state["sums"].items()}
+            self.log = [dict(row) for row in state["log"]]
+            if keep is not None and not torch.is_tensor(keep):
+                keep = common.Hierarchy(*([level.to(device) for level in levels] for levels in keep))
         except Exception as error:  # torch raises many types for what it does not expect
-            raise Stop(f"{self.checkpoint_path} is no checkpoint of this run ({type(error).__name__}): restore it from "
-                       "a copy, or start again with another --out") from error
-        self.log = rows_of_log(self.folder / "log.jsonl", epoch)
+            raise Stop(f"{path} is no checkpoint of this run ({type(error).__name__}): restore it from a copy, or "
+                       "start again with another --out") from error
         return epoch, step, keep
 
-    def note_signal(self, number, frame):
-        """The step is finished and saved first. A second Ctrl-C stops one process at once, but never while it saves."""
-        if self.signal == number == signal.SIGINT and processes() == 1 and not self.saving:
-            raise KeyboardInterrupt
-        self.signal = number
+    def asked_to_stop(self, wait):
+        """The signal that any rank got by now, or 0; the same on all ranks. Who has lost torchrun got one too.
 
-    def asked_to_stop(self):
-        """The signal that any rank got, or 0; the same on all ranks. Whoever has lost torchrun got one too."""
+        subtle: without `wait` several ranks answer for the call before this one, so that none waits for the others.
+        """
         if processes() > 1 and os.getppid() != self.parent:
             self.signal = signal.SIGTERM
-        return int(all_gather_rows(torch.tensor([self.signal])).max())
+        before, flag = self.flag, torch.tensor(self.signal)
+        self.flag = flag, dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True) if processes() > 1 else None
+        flag, work = self.flag if wait or processes() == 1 else before
+        if work:
+            work.wait()
+        return int(flag)
 
-    def state(self, epoch, step, keep):
-        """What a checkpoint holds, the same on all ranks; refused where it is not finite."""
+    def save(self, epoch, step, keep, row=None):
+        """checkpoint.pt of a finite network, row() in the log before: the one before it stays intact until this one is
+        complete. After a signal Stop, on all ranks.
+        """
         self.check()
         keep = tuple(keep) if isinstance(keep, tuple) else keep  # a Hierarchy as plain containers
         state = dict({name: part.state_dict() for name, part in self.parts.items()}, epoch=epoch, step=step, keep=keep,
-                     sums={name: float(total) for name, total in self.sums.items()}, steps=self.steps)
-        refuse_not_finite(state)
-        return state
-
-    def save(self, state):
-        """checkpoint.pt: the one before it stays intact until this one is complete. After a signal Stop, all ranks."""
-        self.saving = True
-        write_atomically(self.checkpoint_path, state)
-        self.saving = False
-        if number := self.asked_to_stop():  # every rank waits here for the one that saves
-            raise Stop(f"stopped, the state is in {self.checkpoint_path}: continue with --resume", 128 + number)
+                     sums=self.sums, steps=self.steps, log=self.log)
+        refuse_not_finite(state, "after the last step")
+        if row:
+            self.write(row())
+        write_atomically(self.folder / "checkpoint.pt", state)
+        if number := self.asked_to_stop(wait=True):  # every rank waits here for the one that saves
+            raise Stop(f"stopped, the state is in {self.folder}/checkpoint.pt: continue with --resume", 128 + number)
 
     def timed(self, batches, epoch, steps):
         """The same batches, with a progress bar on a terminal; time between asking and getting counts as waiting."""
         bar = tqdm(batches, f"epoch {epoch + 1}", steps, disable=rank() > 0 or None, leave=False, unit="step")
-        iterator, self.begun, self.waited, self.here = iter(bar), time.perf_counter(), 0.0, 0
-        while True:
-            asked = time.perf_counter()
-            batch = next(iterator, None)
+        self.begun = asked = time.perf_counter()
+        self.waited, self.here = 0.0, 0
+        for batch in bar:
             self.waited += time.perf_counter() - asked
-            if batch is None:
-                return
             yield batch
+            asked = time.perf_counter()
 
     def end_step(self, epoch, step, values, keep):
         """Add a dict of scalars, means over this rank's rows, to the epoch's; after a signal on any rank save and stop.
 
-        subtle: a value that is not finite stops the run one step late, so that a GPU need not be waited for; what is
-        saved is checked first.
+        subtle: they are read at the end of the next step, when they have long arrived, so that nobody waits for a GPU;
+        a value that is not finite stops the run one step late.
         """
         self.check()
-        average_statistics(self.parts["model"])
+        average(self.statistics)
         means = all_reduce_sum(torch.stack([value.detach().double() for value in values.values()])) / processes()
-        self.last = step, dict(zip(values, means))
-        self.sums = {name: self.sums.get(name, 0) + value for name, value in self.last[1].items()}
+        arrived = torch.cuda.Event() if means.is_cuda else None
+        self.last = step, [*values], means.to("cpu", non_blocking=means.is_cuda), arrived  # in pinned memory
+        if arrived:
+            arrived.record()
         self.steps, self.here = self.steps + 1, self.here + 1
-        if self.asked_to_stop():
-            self.save(self.state(epoch, step + 1, keep))
+        if self.asked_to_stop(wait=False):
+            self.save(epoch, step + 1, keep)
 
     def check(self):
-        """Stop if the last step's values were not finite."""
-        if self.last is None:
-            return
-        step, values = self.last
-        values = dict(zip(values, torch.stack([*values.values()]).tolist()))
-        if bad := [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]:
-            raise Stop(f"{', '.join(bad)} at step {step}: {LOWER}", code=1)
+        """Add the last step's values to the epoch's sums; Stop if they are not finite."""
+        if self.last:
+            (step, names, means, arrived), self.last = self.last, None
+            if arrived:
+                arrived.synchronize()
+            refuse_not_finite(dict(zip(names, means)), f"at step {step}")
+            self.sums.update({name: self.sums.get(name, 0.0) + value for name, value in zip(names, means.tolist())})
 
     def end_epoch(self, epoch, keep, knn, **notes):
-        """Write the epoch's row: means, speed, knn() where it is due, notes; then save the state."""
+        """Write the epoch's row: means, speed, knn() where it is due, notes; save the state."""
         self.check()
-        means = {name: float(total) / self.steps for name, total in self.sums.items()}
-        seconds = max(time.perf_counter() - self.begun, 1e-9)
-        self.sums, self.steps, self.last = {}, 0, None
-        state = self.state(epoch + 1, 0, keep)  # first of all: the row, too, is that of a good network
+        means = {name: total / self.steps for name, total in self.sums.items()}
+        seconds = time.perf_counter() - self.begun
+        self.sums, self.steps = {}, 0
         due = epoch + 1 == self.args.epochs or (epoch + 1) % self.args.eval_every == 0
-        self.write(dict(epoch=epoch + 1, **means, lr=self.parts["optimizer"].param_groups[0]["lr"],
-                        images_per_s=round(self.batch_size * self.here / seconds, 1),
-                        data_wait=round(self.waited / seconds, 4), peak_memory_gib=peak_memory(),
-                        knn=knn() if due else None, **notes, unreadable=len(self.train.unreadable)))
-        self.save(state)
+        self.save(epoch + 1, 0, keep, lambda: dict(
+            epoch=epoch + 1, **means, lr=self.parts["optimizer"].param_groups[0]["lr"],
+            images_per_s=round(self.batch_size * self.here / seconds, 1), data_wait=round(self.waited / seconds, 4),
+            peak_memory_gib=peak_memory(), knn=knn() if due else None, **notes, unreadable=len(self.train.unreadable)))
 
     def write(self, row):
         """Append one object to log.jsonl and print it as one line."""
         self.log.append(row)
         write_atomically(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.log).encode())
+        cells = {name: value if isinstance(value, list) else [value] for name, value in row.items()}
         if self.args.tensorboard and rank() == 0:
             from torch.utils.tensorboard import SummaryWriter
             self.board = self.board or SummaryWriter(self.folder)
-            for name, value in row.items():
-                for place, number in enumerate(value if isinstance(value, list) else [value]):
-                    if number is not None:
-                        self.board.add_scalar(f"{name}/{place}", number, row["epoch"])
+            for tag, value in ((f"{name}/{place}", v) for name in cells for place, v in enumerate(cells[name])):
+                if value is not None:
+                    self.board.add_scalar(tag, value, row["epoch"])
             self.board.flush()
-        say("  ".join(f"{name} {value:.4g}" if isinstance(value, float) else
-                      f"{name} {'/'.join(map(str, value)) if isinstance(value, list) else value}"
-                      for name, value in row.items() if value is not None))
+        say("  ".join(f"{name} {'/'.join(f'{v:.4g}' if isinstance(v, float) else str(v) for v in values)}"
+                      for name, values in cells.items() if values != [None]))
 
     def save_backbone(self, backbone):
         """backbone.pt: torchvision's key names, without fc."""
         weights = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
-        refuse_not_finite(weights)
+        refuse_not_finite(weights, "after the last step")
         write_atomically(self.folder / "backbone.pt", weights)
 
     def verdict(self):
         """The last lines of a run: what was reached against pixels and chance, and what to run next."""
-        last = self.log[-1]["knn"] if self.log else None  # rows may be lost
-        if last is None:
-            say("no labels, so no accuracy")
-        else:
+        knn = {"raw pixels": self.log[0].get("knn_pixels"), "untrained network": self.log[0]["knn"],
+               "trained network": self.log[-1]["knn"]}
+        if knn["trained network"]:
             say("\n" + f"{'kNN accuracy (%)':20}" + "".join(f"{len(c):>7} classes" for c in self.train.class_names))
-            first = self.log[0] if self.log[0]["epoch"] == 0 else {}
-            before = {"raw pixels": first.get("knn_pixels"), "untrained network": first.get("knn")}
-            before = {name: values for name, values in before.items() if values}
-            for name, values in {**before, "trained network": last}.items():
+            for name, values in knn.items():
                 say(f"{name:20}" + "".join(f"{value:15.1f}" for value in values))
-            if before:
-                errors = [(100 - now) / max(100 - max(was), 1e-9) for now, *was in zip(last, *before.values())]
-                say(f"{'error, of before':20}" + "".join(f"{error:14.2f}x" for error in errors))
+            errors = [(100 - now) / max(100 - max(was), 1e-9) for *was, now in zip(*knn.values())]
+            say(f"{'error, of before':20}" + "".join(f"{error:14.2f}x" for error in errors))
+        else:
+            say("no labels, so no accuracy")
         if (self.folder / "tree.png").exists():
             say(f"\nthe learnt tree  {self.folder}/tree.png, and every picture's clusters in clusters.csv")
         more = " --data a/folder/with/labels" if self.train.labels is None else ""
@@ -616,33 +534,22 @@ def claim(folder, new):
 
     The lock is the system's and on the folder itself: nothing is left behind. Windows has none such: no claim there.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Stop(f"cannot create {folder} ({error.strerror}): choose another --out") from error
-    with contextlib.suppress(ImportError):
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(ImportError, OSError):  # no fcntl; a file system without locks
         import fcntl
-        if folder.resolve() not in CLAIMED:
-            CLAIMED.add(folder.resolve())
-            handle = os.open(folder, os.O_RDONLY)
-            os.register_at_fork(after_in_child=lambda: os.close(handle))  # a worker may outlive us
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise Stop(f"{folder} is in use by another process: wait until that ends, or choose another "
-                           "--out") from error
-            except OSError:
-                pass  # a file system without locks
+        try:
+            if folder.resolve() not in CLAIMED:
+                fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Stop(f"{folder} is in use by another process: let that end, or choose another --out") from error
+        CLAIMED.add(folder.resolve())
     if new:
         refuse_existing(folder)  # a run that began, and perhaps ended, since we looked
     for torn in folder.glob("*.tmp"):
         torn.unlink()
 
 
-LOWER = "stopped, the last checkpoint is good; try a lower --base-lr or leave out --amp, in another --out"
-
-
-def refuse_not_finite(state):
+def refuse_not_finite(state, when):
     """Stop, naming them, if tensors in nested dicts, lists and tuples are not finite."""
     def walk(name, value):
         if isinstance(value, dict | list | tuple):
@@ -653,34 +560,29 @@ def refuse_not_finite(state):
 
     if bad := [*walk("", state)]:
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        raise Stop(f"{bad[0]}{more} after the last step: {LOWER}", code=1)
+        raise Stop(f"{bad[0]}{more} {when}: {LOWER}", code=1)
 
 
 def write_atomically(path, content):
     """Rank 0: bytes, or what torch.save makes of anything else, to a temporary file that is renamed over `path`."""
     if rank() > 0:
         return
-    buffer = io.BytesIO(content if isinstance(content, bytes) else b"")
     if not isinstance(content, bytes):  # not to the file: on a full disk torch.save ends in an error that is no OSError
+        buffer = io.BytesIO()
         torch.save(content, buffer)
+        content = buffer.getbuffer()
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as f:
-            f.write(buffer.getbuffer())
+            f.write(content)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise Stop(f"cannot write {path} ({error.strerror}): what was there before is intact, make room and start it "
-                   "again (a run with --resume)", code=1) from error
-    finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-
-
-def write_json(path, content):
-    """An indented JSON file."""
-    write_atomically(path, json.dumps(content, indent=1, allow_nan=False).encode())
+        raise Stop(f"cannot write {path} ({error.strerror}): what was there is intact; make room, then --resume",
+                   code=1) from error
 
 
 def circumstances():
@@ -691,13 +593,11 @@ def circumstances():
 
 def load_file(path):
     """A torch file, on the CPU; tensors and plain containers only: nothing is ever executed, every byte is checked."""
-    if not path.is_file():
-        raise Stop(f"{path} is not there, or no file: check the path")
     try:
-        if zipfile.is_zipfile(path):  # torch's own reader ignores the checksums
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
-                    raise ValueError(damaged)
+        if not path.is_file():  # a pipe would never end
+            raise FileNotFoundError
+        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):  # torch ignores the checksums
+            raise ValueError(damaged)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -714,23 +614,7 @@ def read_json(path):
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Stop(f"{path} is not readable ({type(error).__name__}): give another --out or --run") from error
 
-
-def rows_of_log(path, epoch):
-    """The rows of log.jsonl up to `epoch`, for a later one will be redone; says which are lost."""
-    rows = {}
-    for line in path.read_bytes().splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # a torn line
-            row = json.loads(line)
-            if type(row["epoch"]) is int and isinstance(row["knn"], list | None):
-                rows[row["epoch"]] = row
-    if lost := [str(e) for e in range(epoch + 1) if e not in rows]:
-        say(f"{path} has lost what was logged of epoch {', '.join(lost)}: the run goes on without it")
-    return [rows[e] for e in sorted(rows) if e <= epoch]
-
-
 # ---- what an epoch's row of the log holds
-
-
 def peak_memory():
     """GiB: the device's high-water mark on CUDA, else the process's; None where the system does not tell."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -768,17 +652,11 @@ def say(line):
 
 
 # ---- the tree one can look at
-
-PALETTE = ("#dbe9f6", "#fde5cd", "#dcefdc", "#f6dada", "#e6def0", "#ebe3df", "#f8e1f1", "#eeeeee", "#f2f3d1", "#d5f1f4")
-SIZE, GAP, CELL = 40, 4, 150  # of a picture, between pictures, of a cluster's caption; pixels
-
-
 def write_tree(folder, images, features, hierarchy, rows=27, columns=10):
     """tree.png and clusters.csv of this rank's features (n, D) and the Hierarchy; rank 0 writes.
 
-    Each row of the picture is a path of the learnt tree, coarse on the left: a cell a cluster with its size,
-    its label purity (where labels exist) and the picture nearest to its prototype, then the pictures nearest
-    to the leaf.
+    A row of the picture is a path of the learnt tree, every so many-th of them: of each cluster, coarse to fine, unless
+    it is that of the row above, a caption and the picture nearest to the prototype; of the leaf more pictures.
     """
     own = [(features * p[a[local_rows(len(images))]]).sum(1) for p, a in zip(hierarchy.prototypes, hierarchy.assign)]
     own = [all_gather_rows(similarity).cpu() for similarity in own]  # L x (N,), to the own prototype
@@ -790,64 +668,34 @@ def write_tree(folder, images, features, hierarchy, rows=27, columns=10):
         [["image", *(f"level{level}" for level in range(len(assign)))],
          *([name, *row] for name, row in zip(images.names, assign.T.tolist()))])
     write_atomically(folder / "clusters.csv", table.getvalue().encode(errors="surrogateescape"))
+    paths = assign.flip(0).unique(dim=1).T  # (K_0, L), coarse to fine, sorted
+    paths = paths[torch.linspace(0, len(paths) - 1, min(rows, len(paths))).long()].tolist()
+    size, caption, cell = 44, 96, 140  # of a picture and its margin, a caption, both; pixels
+    canvas = Image.new("RGB", (len(assign) * cell + (columns - 1) * size, len(paths) * size), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(11)
+    for row, path in enumerate(paths):
+        for column, level in enumerate(reversed(range(len(assign)))):
+            if row and path[:column + 1] == paths[row - 1][:column + 1]:
+                continue
+            members = (assign[level] == path[column]).nonzero()[:, 0]
+            draw.line((column * cell, row * size, canvas.width, row * size), "gray")
+            draw.text((column * cell + 4, row * size + 4), describe(images, members), "black", font, spacing=1)
+            nearest = members[own[level][members].argsort(descending=True)]
+            for place, i in enumerate(nearest[:1 if level else columns].tolist()):
+                picture = TF.to_pil_image(images.picture(i)).resize((size - 4, size - 4), Image.Resampling.BICUBIC)
+                canvas.paste(picture, (column * cell + caption + place * size, row * size + 2))
     picture = io.BytesIO()
-    draw_tree(images, assign, own, some_paths(assign, rows), columns).save(picture, "png", optimize=True)
+    canvas.save(picture, "png", optimize=True)
     write_atomically(folder / "tree.png", picture.getvalue())
 
 
-def draw_tree(images, assign, own, paths, columns):
-    """The picture of write_tree: assign (L, N), own L x (N,) similarities, a row for each of the paths."""
-    margin, levels = len(assign) * CELL + 2 * GAP, range(len(assign) - 1, -1, -1)  # the coarsest first
-    canvas = Image.new("RGB", (margin + columns * (SIZE + GAP) + GAP, 28 + len(paths) * (SIZE + GAP)), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(11)
-    draw.text((margin, 8), "nearest to the leaf's prototype", "black", font)
-
-    def paste(level, members, left, top, many):
-        nearest = members[own[level][members].argsort(descending=True)[:many]]
-        for place, i in enumerate(nearest.tolist()):
-            picture = TF.to_pil_image(images.picture(i)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-            canvas.paste(picture, (left + place * (SIZE + GAP), top))
-
-    for column, level in enumerate(levels):
-        left = GAP + column * CELL
-        draw.text((left, 8), f"level {level}: {len(assign[level].unique())} clusters", "black", font)
-        for _, group in itertools.groupby(enumerate(paths), key=lambda row: row[1][level:]):
-            (first, path), *others = group  # rows of one cell
-            top, height = 28 + first * (SIZE + GAP), (1 + len(others)) * (SIZE + GAP) - GAP
-            draw.rectangle((left, top, left + CELL - GAP, top + height), fill=PALETTE[path[-1] % len(PALETTE)])
-            members = (assign[level] == path[level]).nonzero()[:, 0]
-            paste(level, members, left, top, many=1)
-            for line, text in enumerate([f"n = {len(members)}", *describe(images, members)]):
-                draw.text((left + SIZE + GAP, top + 13 * line), text, "black", font)
-    for row, path in enumerate(paths):
-        paste(0, (assign[0] == path[0]).nonzero()[:, 0], margin, 28 + row * (SIZE + GAP), columns)
-    return canvas
-
-
-def describe(images, members, width=16):
-    """The commonest label of these pictures and its share of the labels, at the finest level that half of them share.
-    """
-    best = []
-    for level, names in enumerate(images.class_names if images.labels is not None else ()):
-        known = images.labels[members, level]
-        known = known[known >= 0]  # STL-10: most pictures carry no label
-        if len(known) == 0:
-            continue
-        counts = torch.bincount(known, minlength=len(names))
-        share = counts.max().item() / len(known)
-        if not best or share >= 0.5:
-            name = "".join(c if c.isprintable() else "?" for c in names[int(counts.argmax())].split("/")[-1])
-            best = [name if len(name) <= width else name[:width - 1] + "…", f"{100 * share:.0f} %"]
-    return best
-
-
-def some_paths(assign, rows):
-    """Clusters (L, N) -> about `rows` paths [finest, ..., coarsest]: of each coarse cluster, largest first, the largest
-    leaves.
-    """
-    paths, sizes = assign.unique(dim=1, return_counts=True)
-    paths = [path for _, path in sorted(zip(sizes.tolist(), paths.T.tolist()), reverse=True)]
-    tops = assign[-1].bincount().argsort(descending=True, stable=True)[:rows].tolist()
-    each = max(1, rows // len(tops))
-    return [path for top in tops for path in sorted([path for path in paths if path[-1] == top][:each],
-                                                    key=lambda path: path[::-1])]
+def describe(images, members):
+    """How many pictures; their commonest label and its share, at the finest depth at which half of them have it."""
+    text = f"n = {len(members)}"
+    for names, labels in zip(images.class_names, images.labels[members].T) if images.labels is not None else ():
+        known = labels[labels >= 0].tolist()  # STL-10: most pictures carry no label
+        for label, count in Counter(known).most_common(1):
+            if 2 * count >= len(known):
+                name = "".join(c if c.isprintable() else "?" for c in names[label].split("/")[-1])
+                text = f"n = {len(members)}\n{name[:16]}\n{100 * count / len(known):.0f} %"
+    return text

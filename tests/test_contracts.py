@@ -106,7 +106,7 @@ def read(tree):
 def test_every_declared_flag_is_read_and_every_one_read_is_declared():
     plumbing = tree_of(ROOT / "plumbing.py")
     shared, read_there = declared(plumbing), read(plumbing)
-    added = {"out", "given", "script", "fingerprint"}  # by resolve_arguments, and from a run by eval_linear.py
+    added = {"out", "argv", "script", "fingerprint"}  # by resolve_arguments, and from a run by eval_linear.py
     for path in SCRIPTS:
         tree = tree_of(path)
         its = declared(tree) | (shared if path in METHODS else set())

@@ -240,7 +240,7 @@ FAULTS = {  # name: (arguments after the usual ones, words the sentence must hol
     "zero epochs": ("--epochs 0", "--epochs 0"),
     "learning rate not finite": ("--base-lr nan", "--base-lr nan"),
     "nothing to resume": ("--resume", "no run"),
-    "folder below a file": ("--out {tmp}/file.png/run", "--out"),
+    "folder below a file": ("--out {tmp}/file.png/run", "file.png/run path"),
     "run folder is a file": ("--out {tmp}/file.png", "exists"),
 }
 
@@ -295,7 +295,7 @@ def test_an_existing_run_is_never_overwritten(whole, pictures):
 @pytest.mark.parametrize("name, value", (("base_lr", 0.07), ("clusters", "10 4 2"), ("seed", 1)))
 def test_resume_with_other_arguments_is_refused(name, value, stopped, pictures):
     argv = arguments("hirl_moco", pictures, stopped, **{name: value}) + ["--resume"]
-    refused(stopped.parent, "hirl_moco", argv, "--" + name.replace("_", "-") + " --out")
+    refused(stopped.parent, "hirl_moco", argv, f"{name} before --out")
 
 
 def test_resume_by_another_script_is_refused(whole):
@@ -425,31 +425,37 @@ def test_resume_alone_takes_the_runs_own_settings(stopped, monkeypatch):
     assert (args.eval_every, args.workers) == (1, 0)  # unless said otherwise
 
 
-WRONG = dict(epochs=("x", 3.0, None, -1, 10**10, [3]), data=(5, None), preset=("none", 1), clusters=(12, "12 4", ["a"]),
-             amp=("no", 1, None), base_lr=("0.1", 0, -1), given=("seed", [1], None), bn=("other",), seed=(True, 0.5),
-             script=(3, None, []))
+WRONG = dict(epochs=("x", None, -1, 10**10, [3]), preset=("none", 1), stem=(3, [None]), amp=("no", None),
+             base_lr=("0.1", 0, -1), argv=("seed", [1], None, {}, ["--epochs", "x"], ["--epochs"], ["--epochs", "4"]),
+             bn=("other",), seed=(True, 0.5), script=(3, None, []), fingerprint=(None, 5), clusters=("12 4 2", [12]))
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_config_of_wrong_types_is_no_run(name, stopped, tmp_path, monkeypatch):
-    config = json.loads((stopped / "config.json").read_text())
+def test_a_config_of_wrong_types_is_no_run(name, stopped, pictures, tmp_path, monkeypatch):
+    """What it says is what the run's own command line says on its data, or it is refused."""
+    config, train = json.loads((stopped / "config.json").read_text()), common.load_data(str(pictures))[0]
+    derived = {k: v for k, v in config["derived"].items()
+               if k not in ("pictures", "fingerprint", "processes", "device")}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    plumbing.Run(parse(monkeypatch, tmp_path)).start(train, "cpu", **derived)
     for value in WRONG[name]:
-        arguments = {**config["arguments"], name: value}
-        (tmp_path / "config.json").write_text(json.dumps({**config, "arguments": arguments}))
-        with pytest.raises(common.Stop, match="config.json"):
-            parse(monkeypatch, tmp_path)
+        part = config["derived" if name in config["derived"] else "arguments"]
+        monkeypatch.setitem(part, name, value)
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(common.Stop, match=f"config.json|{name}|see --help"):
+            plumbing.Run(parse(monkeypatch, tmp_path)).start(train, "cpu", **derived)
 
 
 @pytest.mark.parametrize("name, value", (("epoch", "x"), ("epoch", 10**9), ("epoch", -1), ("step", None), ("step", 1.5),
                                          ("optimizer", None), ("model", 1), ("keep", 1), ("keep", ([],)), ("sums", 1),
-                                         ("sums", {"moco": "x"}), ("steps", "1"), (None, [1, 2])))
+                                         ("sums", {"moco": "x"}), ("steps", "1"), ("log", [1]), (None, [1, 2])))
 def test_a_checkpoint_of_wrong_types_is_no_run(name, value, stopped, tmp_path):
     state = load(stopped / "checkpoint.pt")
     torch.save({**state, name: value} if name else value, tmp_path / "checkpoint.pt")
     model = torch.nn.Module()
     model.load_state_dict = dict
     optimizer = SimpleNamespace(load_state_dict=dict, state={})
-    here = SimpleNamespace(checkpoint_path=tmp_path / "checkpoint.pt", folder=tmp_path, args=SimpleNamespace(epochs=3))
+    here = SimpleNamespace(folder=tmp_path, args=SimpleNamespace(epochs=3))
     with pytest.raises(common.Stop, match="no checkpoint of this run"):
         plumbing.Run.resume(here, "cpu", model=model, optimizer=optimizer)
     torch.save(state, tmp_path / "checkpoint.pt")
@@ -458,14 +464,14 @@ def test_a_checkpoint_of_wrong_types_is_no_run(name, value, stopped, tmp_path):
 
 def test_a_resumed_state_goes_where_it_was(tmp_path):
     """On any device: neighbours are drawn, and Adam's steps are counted, on the CPU; the tree is on the device."""
-    here = SimpleNamespace(checkpoint_path=tmp_path / "checkpoint.pt", folder=tmp_path, args=SimpleNamespace(epochs=3))
+    here = SimpleNamespace(folder=tmp_path, args=SimpleNamespace(epochs=3))
     model = torch.nn.Linear(2, 2)
     optimizer, table, tree = torch.optim.AdamW(model.parameters()), torch.arange(6).view(3, 2), ([torch.ones(2)],) * 4
     model(torch.ones(2)).sum().backward()
     optimizer.step()
     for keep in (table, tree, None):
         torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), epoch=1, step=0, steps=0, sums={},
-                        keep=keep), tmp_path / "checkpoint.pt")
+                        log=[], keep=keep), tmp_path / "checkpoint.pt")
         fresh = torch.optim.AdamW(model.parameters())
         *_, kept = plumbing.Run.resume(here, "meta", model=model, optimizer=fresh)
         assert {value.device.type for state in fresh.state.values() for value in state.values()} == {"cpu"}
@@ -482,18 +488,18 @@ def test_preset_auto_may_be_said(stopped, monkeypatch):
 
 def test_pictures_without_a_label_name_no_cluster():
     images = common.Images(list("abcd"), torch.tensor([[-1], [-1], [1], [-1]]), [["airplane", "bird"]])
-    assert plumbing.describe(images, torch.arange(4)) == ["bird", "100 %"]
-    assert plumbing.describe(images, torch.tensor([0, 3])) == []
+    assert plumbing.describe(images, torch.arange(4)) == "n = 4\nbird\n100 %"
+    assert plumbing.describe(images, torch.tensor([0, 3])) == "n = 2"
 
 
 @pytest.mark.parametrize("left", (b"", b'{"epoch": 0, "knn"\n{"epoch": "1"}\n[]\n'))
-def test_a_lost_log_is_said(left, stopped, tmp_path):
-    """What was logged before is not there, and no row of the trained network stands in for the untrained one's."""
+def test_a_lost_log_comes_back(left, stopped, tmp_path):
+    """The checkpoint holds what was logged before, so that no row of the trained network stands in for the first."""
     shutil.copytree(stopped, tmp_path / "run")
     (tmp_path / "run/log.jsonl").write_bytes(left) if left else (tmp_path / "run/log.jsonl").unlink()
     played = run(tmp_path, "hirl_moco", ["--out", "run", "--resume"])
-    assert "lost what was logged of epoch 0, 1" in played.out and "untrained network" not in played.out
-    assert [row["epoch"] for row in log(tmp_path / "run")] == [2, 3] and "trained network" in played.out
+    assert [row["epoch"] for row in log(tmp_path / "run")] == [0, 1, 2, 3] and "untrained network" in played.out
+    assert log(tmp_path / "run")[:2] == log(stopped)
 
 
 def test_two_at_once_do_not_share_a_folder(pictures, tmp_path):
