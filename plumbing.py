@@ -129,21 +129,20 @@ LARGEST = {int: 10**9, float: 1e30}  # what float32 and the machine bear
 
 def positive(kind, zero=False, most=None):
     """An argparse type: int or float above 0 (or from 0 on), at most `most`."""
-    def parse(text):
+    def number(text):
         value, limit = kind(text), LARGEST[kind] if most is None else most
         if not (0 <= value if zero else 0 < value) or not value <= limit:
             raise argparse.ArgumentTypeError(f"{text} must be {'at least' if zero else 'above'} 0 and at most {limit}")
         return value
-    parse.__name__ = kind.__name__  # argparse's "invalid int value: 'x'"
-    return parse
+    return number  # argparse's "invalid number value: 'x'"
 
 
 def preset_table(presets):
     """The presets side by side, for --help."""
-    rows = {name: [p[name] for p in presets.values()] for name in next(iter(presets.values()))}
-    rows = [["preset", *presets], *(["--" + name.replace("_", "-"), *values] for name, values in rows.items())]
-    text = [["-".join(map(str, v)) if isinstance(v, list) else str(v) for v in row] for row in rows]
-    return "\n".join(f"{name:23}" + "".join(f"{cell:17}" for cell in cells) for name, *cells in text)
+    rows = [["preset", *presets], *(["--" + name.replace("_", "-"), *(p[name] for p in presets.values())]
+                                    for name in next(iter(presets.values())))]
+    return "\n".join("".join(f"{'-'.join(map(str, v)) if isinstance(v, list) else v!s:{17 if column else 23}}"
+                             for column, v in enumerate(row)) for row in rows)
 
 
 def shared_arguments(description, presets):
@@ -196,19 +195,15 @@ def resolve_arguments(parser, presets, argv=None):
         argv = [*map(str, saved["argv"]), *argv]  # of a flag given twice the later one counts
         args = parser.parse_args(argv)
     preset = args.preset if args.preset != "auto" else preset_of(args.data)
-    parser.set_defaults(**presets[preset])
-    if args.epochs:  # fewer or more epochs: the same share of them is warm-up
-        share = presets[preset]["warmup_epochs"] * args.epochs / presets[preset]["epochs"]
-        parser.set_defaults(warmup_epochs=round(share))
-    argv += ["--preset", preset]
-    args = parser.parse_args(argv)
-    args.out, args.script, args.argv = str(folder), script, argv
-    return args
+    chosen, argv = presets[preset], [*argv, "--preset", preset, "--out", str(folder)]
+    warmup = round(chosen["warmup_epochs"] * (args.epochs or chosen["epochs"]) / chosen["epochs"])  # the same share
+    parser.set_defaults(**{**chosen, "warmup_epochs": warmup})
+    return parser.parse_args(argv, argparse.Namespace(script=script, argv=argv))
 
 
 def preset_of(data):
     """textures, cifar (pictures up to 64 px), photos (fewer than 100,000) or imagenet."""
-    if data == "textures" or not Path(data).is_dir():
+    if not Path(data).is_dir():
         return {"textures": "textures", "stl10": "photos"}.get(data, "cifar")
     many = list(itertools.islice(common.picture_files(data), 100_000))
     try:
@@ -232,12 +227,12 @@ def fit(name, args, at_most, what="pictures"):
 def fit_clusters(args, pictures):
     """--clusters as a strictly falling list, [] for none; a preset shrinks to 20 pictures a cluster."""
     clusters = [] if args.clusters == [0] else args.clusters
-    finest, room = max(clusters, default=0), pictures if "--clusters" in args.argv else pictures / 20
+    finest, asked = max(clusters, default=0), "--clusters" in args.argv
     if clusters != sorted({*clusters}, reverse=True) or min(clusters, default=2) < 2:  # one cluster tells nothing apart
         raise Stop(f"--clusters {clusters} must be at least 2 and fall from level to level, finest first, or be 0")
-    if finest > room == pictures:
+    if asked and finest > pictures:
         raise Stop(f"--clusters {finest} is above the {pictures} pictures of {args.data}: give at most {pictures}")
-    if finest > room:
+    if not asked and finest > pictures / 20:
         clusters = sorted({max(2, round(k / finest * pictures / 20)) for k in clusters}, reverse=True)
         say(f"--clusters reduced from the preset's {args.clusters} to {clusters}, 20 pictures a cluster")
     return clusters
@@ -336,10 +331,9 @@ MAY_DIFFER = {"resume", "out", "argv", "data", "device", "workers", "compile", "
 
 
 class Run:
-    """A run's folder and what it remembers: config.json, log.jsonl, checkpoint.pt, backbone.pt.
+    """A run's folder and what it remembers. Every rank calls every method in the same order; rank 0 writes.
 
-    Every rank calls every method in the same order; rank 0 writes. `keep` stands for what the epoch's features gave,
-    a Hierarchy or a table of neighbours: a tensor, a tuple of lists of tensors, or None.
+    `keep` is what the epoch's features gave: a Hierarchy, a table of neighbours (a tensor), or None.
     """
 
     def __init__(self, args):
@@ -356,15 +350,14 @@ class Run:
             signal.signal(number, lambda number, frame: setattr(self, "signal", number))
 
     def start(self, train, device, **derived):
-        """Say what the run will do; take the folder; write config.json, or check that a resumed run is the same one.
-
-        train: Images; derived: numbers that follow from arguments and data.
+        """Say what the run will do, and the numbers derived; take the folder; write config.json or, of a run that is
+        resumed, check that it had the same arguments and pictures (train: Images).
         """
         self.train, self.batch_size, path = train, derived["batch_size"], self.folder / "config.json"
         derived = dict(pictures=len(train), fingerprint=train.fingerprint(), processes=processes(), device=str(device),
                        **derived)
         now = {**vars(self.args), **derived}
-        say("\n  ".join([str(self.folder), *(f"{name:20} {value}" for name, value in now.items())]))
+        say("\n  ".join([str(self.folder), *(f"{name:20} {value}" for name, value in now.items() if name != "argv")]))
         if rank() == 0:
             claim(self.folder, new=not self.args.resume)
         all_reduce_sum(torch.zeros(1))  # nobody goes on before
@@ -380,9 +373,8 @@ class Run:
         say(f"resumed with another {said}")
 
     def resume(self, device, **parts):
-        """Load the checkpoint, if there is one, into `parts` (model, optimizer) -> (epoch, step) to go on at, keep.
-
-        It is read on the CPU; a Hierarchy goes to the device, a table and what Adam counts stay there.
+        """Load the checkpoint, if there is one, into `parts` (model, optimizer) -> (epoch, step) to go on at, keep: a
+        Hierarchy on the device, a table on the CPU.
         """
         self.parts, self.statistics, path = parts, own_statistics(parts["model"]), self.folder / "checkpoint.pt"
         if not path.exists():
@@ -598,8 +590,7 @@ def load_file(path):
             raise FileNotFoundError
         if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):  # torch ignores the checksums
             raise ValueError(damaged)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(record=True):  # not shown
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated, damaged, foreign, malicious: torch raises many types
         raise Stop(f"{path} is not a readable checkpoint ({type(error).__name__}): restore it from a copy or give "
@@ -634,9 +625,8 @@ def feature_std(embedding):
 def use_of_outputs(p, chosen, now, steps):
     """For the log: mean entropy of targets p (..., P), entropy of their mean, outputs that were one's largest lately.
 
-    Natural logarithms, all ranks' targets. Both entropies near ln P: all is uniform; that of the mean small: few
-    outputs are in use. chosen (P,) int64, the step each output last was the largest, is brought up to date to step
-    `now`; the last `steps` steps count. Each rank holds as many targets.
+    In nats, over all ranks, equally many targets each. Both near ln P: all is uniform; the mean's small: few outputs
+    are used. chosen (P,) int64, the step an output last was the largest, is updated at `now`; `steps` steps count.
     """
     p = p.flatten(0, -2)
     mean = all_reduce_sum(p.mean(dim=0)) / processes()  # (P,)
@@ -691,11 +681,11 @@ def write_tree(folder, images, features, hierarchy, rows=27, columns=10):
 
 def describe(images, members):
     """How many pictures; their commonest label and its share, at the finest depth at which half of them have it."""
-    text = f"n = {len(members)}"
+    shared = ""
     for names, labels in zip(images.class_names, images.labels[members].T) if images.labels is not None else ():
         known = labels[labels >= 0].tolist()  # STL-10: most pictures carry no label
         for label, count in Counter(known).most_common(1):
             if 2 * count >= len(known):
-                name = "".join(c if c.isprintable() else "?" for c in names[label].split("/")[-1])
-                text = f"n = {len(members)}\n{name[:16]}\n{100 * count / len(known):.0f} %"
-    return text
+                name = "".join(c if c.isprintable() else "?" for c in names[label].split("/")[-1][:16])
+                shared = f"\n{name}\n{100 * count / len(known):.0f} %"
+    return f"n = {len(members)}{shared}"

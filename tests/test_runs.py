@@ -442,7 +442,7 @@ def test_a_config_of_wrong_types_is_no_run(name, stopped, pictures, tmp_path, mo
         part = config["derived" if name in config["derived"] else "arguments"]
         monkeypatch.setitem(part, name, value)
         (tmp_path / "config.json").write_text(json.dumps(config))
-        with pytest.raises(common.Stop, match=f"config.json|{name}|see --help"):
+        with pytest.raises(common.Stop, match=f"config.json|{name}|other arguments|see --help"):
             plumbing.Run(parse(monkeypatch, tmp_path)).start(train, "cpu", **derived)
 
 
