@@ -9,6 +9,7 @@ V views, H W picture height and width, S side of a view. Rows are items, always.
 Levels of the tree count from the finest (level 0) up; labels count from the coarsest (depth 0) down.
 """
 
+import functools
 import hashlib
 import itertools
 import math
@@ -19,6 +20,7 @@ import sys
 import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,27 +73,6 @@ def all_reduce_sum(tensor):
     return tensor
 
 
-def all_gather_rows(tensor):
-    """Rows of all ranks in rank order; ranks may hold different numbers of them."""
-    if processes() == 1:
-        return tensor
-    counts = [0] * processes()
-    counts[rank()] = len(tensor)
-    counts = all_reduce_sum(torch.tensor(counts)).tolist()
-    return all_reduce_sum(among_zeros(tensor, sum(counts[:rank()]), sum(counts[rank() + 1:])))
-
-
-def among_zeros(tensor, before, after):
-    """The rows of `tensor` with so many rows of zeros before and after them."""
-    return torch.cat([tensor.new_zeros(before, *tensor.shape[1:]), tensor,
-                      tensor.new_zeros(after, *tensor.shape[1:])])
-
-
-def rows_before(x):
-    """How many rows the ranks before this one hold."""
-    return int(all_gather_rows(torch.tensor([len(x)]))[:rank()].sum())
-
-
 class differentiable_sum_(torch.autograd.Function):
     """Sum over ranks; the gradient of a sum over ranks is the sum over ranks of the gradients."""
 
@@ -107,14 +88,25 @@ class differentiable_sum_(torch.autograd.Function):
 differentiable_sum = differentiable_sum_.apply  # all_reduce_sum of a copy, through which gradients flow
 
 
-def all_gather_rows_with_grad(tensor):
-    """Rows of all ranks in rank order, as many from each; gradients flow back to the rank that holds the row.
+def all_gather_rows(tensor, equal=False):
+    """Rows of all ranks in rank order; gradients flow back to the rank that holds the row.
 
-    A loss of all rows, computed alike on every rank, comes back as `size` times its gradient: what
-    `average_gradients` divides by `size` again, so that G ranks train as one process would.
+    equal: as many rows from each, so that none has to ask. A loss of all rows, computed alike on every rank, comes back
+    as `size` times its gradient: what `average_gradients` divides by `size` again, so that G ranks train as one would.
     """
-    before, after = rank() * len(tensor), (processes() - 1 - rank()) * len(tensor)
-    return differentiable_sum(among_zeros(tensor, before, after)) if processes() > 1 else tensor
+    if processes() == 1:
+        return tensor
+    counts = [len(tensor)] * processes() if equal else all_gather_rows(torch.tensor([len(tensor)]), equal=True).tolist()
+    before, after = (tensor.new_zeros(sum(c), *tensor.shape[1:]) for c in (counts[:rank()], counts[rank() + 1:]))
+    return differentiable_sum(torch.cat([before, tensor, after]))
+
+
+all_gather_rows_with_grad = functools.partial(all_gather_rows, equal=True)  # batch rows: as many on every rank
+
+
+def rows_before(x):
+    """How many rows the ranks before this one hold."""
+    return int(all_gather_rows(torch.tensor([len(x)]), equal=True)[:rank()].sum())
 
 
 def random_state(seed, *place, device="cpu"):
@@ -126,23 +118,22 @@ def random_state(seed, *place, device="cpu"):
 # ---- data: pictures, their names, and labels coarse to fine
 
 
+@dataclass(eq=False)
 class Images:
-    """One split of a data set: N pictures with names and, for evaluation only, labels.
+    """One split of a data set: N pictures with names and, for evaluation only, labels."""
 
-    labels       (N, depth) int64, coarse to fine, or None when the pictures carry none
-    class_names  a label depth, the names its integers stand for
-    pixels       (N, 3, H, W) uint8 when all pictures share one small size, else None: then the files at `paths` are
-                 decoded on demand
-    index_of     (N,) int64: i itself, or the neighbour that stands in for an unreadable picture i
-    unreadable   {i: why}; of all ranks after `agree`
-    test         None, or the test split that came with this one
-    partner      None, or (N,) int64: the picture whose views follow those of i in a batch (csml.py)
-    """
+    names: list
+    labels: Tensor | None = None  # (N, depth) int64, coarse to fine
+    class_names: list = ()  # a label depth, the names its integers stand for
+    pixels: Tensor | None = None  # (N, 3, H, W) uint8 where all share one small size; without them
+    paths: list | None = None  # these files are decoded on demand
+    unreadable: dict = field(default_factory=dict)  # {i: why}; of all ranks after `agree`
+    named: set = field(default_factory=set)  # those of which the user knows
+    test: "Images | None" = None  # the test split that came with this one
+    partner: Tensor | None = None  # (N,) int64: the picture whose views follow those of i in a batch (csml.py)
 
-    def __init__(self, names, labels=None, class_names=(), pixels=None, paths=None):
-        self.names, self.labels, self.class_names = names, labels, class_names
-        self.pixels, self.paths, self.test, self.partner = pixels, paths, None, None
-        self.index_of, self.unreadable, self.named = torch.arange(len(names)), {}, set()
+    def __post_init__(self):
+        self.index_of = torch.arange(len(self))  # (N,): i itself, or the neighbour that stands in for an unreadable i
 
     def __len__(self):
         return len(self.names)
@@ -162,11 +153,10 @@ class Images:
             return self
         labels = None if self.labels is None else self.labels[self.index_of[rows]]
         pixels = None if self.pixels is None else self.pixels[rows.to(self.pixels.device)]
-        names, paths = ([values[i] for i in rows.tolist()] for values in (self.names, self.paths or self.names))
-        part = Images(names, labels, self.class_names, pixels, self.paths and paths)
-        part.unreadable = {n: self.unreadable[i] for n, i in enumerate(rows.tolist()) if i in self.unreadable}
-        part.named = {n for n, i in enumerate(rows.tolist()) if i in self.named}
-        return part
+        paths = self.paths and [self.paths[i] for i in rows.tolist()]
+        bad = {n: i for n, i in enumerate(rows.tolist()) if i in self.unreadable}
+        return Images([self.names[i] for i in rows.tolist()], labels, self.class_names, pixels, paths,
+                      {n: self.unreadable[i] for n, i in bad.items()}, {n for n, i in bad.items() if i in self.named})
 
     def picture(self, i):
         """Picture i as (3, H, W) uint8 or, when it cannot be read, the next one that can: that is noted. Any thread."""
@@ -223,25 +213,26 @@ def load_data(data, data_root="data", device="cpu", validation=False):
     Pictures that fit are one tensor on the device. A folder holds `train/` and `val/` (or `test/`), or just pictures;
     torchvision's sets are downloaded to `data_root` on first use. Raises Stop when there is nothing to read.
     """
-    test = None
+    test, root = None, Path(data)
     if data == "textures":
         train, test = (Images([f"{i:05d}" for i in range(len(y))], y, TEXTURE_NAMES, pixels=x)
                        for x, y in (textures(200, seed=0), textures(40, seed=2 if validation else 1)))
     elif data in ("cifar10", "cifar100", "stl10"):
         train, test = (torchvision_set(data, data_root, train) for train in (True, False))
-    elif not os.path.isdir(data):
-        what = "is a file, not a folder" if os.path.exists(data) else "does not exist, or may not be read"
-        raise Stop(f"--data {data} {what}: give textures, cifar10, cifar100, stl10 or a folder of pictures")
+    elif (root / "train").is_dir():
+        train = folder(root / "train")
+        parts = [root / part for part in ("val", "test") if (root / part).is_dir() and not validation]
+        test = folder(parts[0], train.class_names) if parts else None
+    elif root.is_dir():
+        train = folder(root)
     else:
-        parts = [name for name in ("train", "val", "test") if os.path.isdir(Path(data, name))]
-        parts = parts if "train" in parts else [""]  # or the folder itself
-        train = folder(Path(data, parts[0]))
-        test = folder(Path(data, parts[1]), train.class_names) if len(parts) > 1 and not validation else None
+        what = "is a file, not a folder" if root.exists() else "does not exist, or may not be read"
+        raise Stop(f"--data {data} {what}: give textures, cifar10, cifar100, stl10 or a folder of pictures")
     if validation and data != "textures":
-        held_out, rows = torch.arange(len(train)) % 10 == 0, torch.arange(len(train))
+        held_out = torch.arange(len(train)) % 10 == 0
         if train.labels is not None:
             held_out &= train.labels[:, 0] >= 0  # STL-10: most pictures carry no label
-        train, test = train.part(rows[~held_out]), train.part(rows[held_out])
+        train, test = (train.part(rows.nonzero()[:, 0]) for rows in (~held_out, held_out))
     for images in filter(None, (train, test)):
         images.pixels = images.pixels if images.pixels is None else images.pixels.to(device)
     train.test = test
@@ -592,9 +583,9 @@ def render_view(images, draws, augmentation):
         x = resized_crop(x, boxes.to(x.device, non_blocking=True), size)
     if "flip" in d:
         x = torch.where(d["flip"].view(-1, 1, 1, 1), x.flip(3), x)
-    if "order" in d:
-        for name in (list(JITTER)[i] for i in draws["order"][0].tolist()):
-            x = JITTER[name](x, d[name])
+    for place in draws["order"][0].tolist() if "order" in d else ():
+        name = [*JITTER][place]
+        x = JITTER[name](x, d[name])
     if "gray" in d:
         x = torch.where(d["gray"].view(-1, 1, 1, 1), GRAY(x), x)
     if "blur" in d and draws["blur"].any():
