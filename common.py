@@ -128,12 +128,12 @@ class Images:
     pixels: Tensor | None = None  # (N, 3, H, W) uint8 where all share one small size; without them
     paths: list | None = None  # these files are decoded on demand
     unreadable: dict = field(default_factory=dict)  # {i: why}; of all ranks after `agree`
-    named: set = field(default_factory=set)  # those of which the user knows
     test: "Images | None" = None  # the test split that came with this one
     partner: Tensor | None = None  # (N,) int64: the picture whose views follow those of i in a batch (csml.py)
 
     def __post_init__(self):
         self.index_of = torch.arange(len(self))  # (N,): i itself, or the neighbour that stands in for an unreadable i
+        self.named = {*self.unreadable}  # those that the user has been told of
 
     def __len__(self):
         return len(self.names)
@@ -153,10 +153,9 @@ class Images:
             return self
         labels = None if self.labels is None else self.labels[self.index_of[rows]]
         pixels = None if self.pixels is None else self.pixels[rows.to(self.pixels.device)]
-        paths = self.paths and [self.paths[i] for i in rows.tolist()]
-        bad = {n: i for n, i in enumerate(rows.tolist()) if i in self.unreadable}
-        return Images([self.names[i] for i in rows.tolist()], labels, self.class_names, pixels, paths,
-                      {n: self.unreadable[i] for n, i in bad.items()}, {n for n, i in bad.items() if i in self.named})
+        names, paths = ([values[i] for i in rows.tolist()] if values else None for values in (self.names, self.paths))
+        unreadable = {n: self.unreadable[i] for n, i in enumerate(rows.tolist()) if i in self.unreadable}
+        return Images(names, labels, self.class_names, pixels, paths, unreadable)
 
     def picture(self, i):
         """Picture i as (3, H, W) uint8 or, when it cannot be read, the next one that can: that is noted. Any thread."""
@@ -191,7 +190,7 @@ class Images:
             self.replace(table)
         for i in sorted(self.unreadable.keys() - self.named) if rank() == 0 else ():
             print(f"unreadable picture, using its neighbour: {self.names[i]} ({self.unreadable[i]})", file=sys.stderr)
-            self.named.add(i)
+        self.named |= self.unreadable.keys()
 
 
 def decode(path):
@@ -274,17 +273,22 @@ def folder(root, class_names=None):
         raise Stop(f"{root} has other classes than the training pictures: give both the same sub-folders")
     labels = [torch.from_numpy(np.searchsorted(known, level)) for known, level in zip(class_names, levels)]
     images = Images(names, torch.stack(labels, 1) if labels else None, class_names, paths=paths)
-    first = images.picture(0)
-    if max(first.shape[1:]) > 128 or first.numel() * len(paths) > IN_MEMORY_BYTES:
-        return images
-    pixels = torch.zeros(len(paths), *first.shape, dtype=torch.uint8)
-    for i, picture in enumerate(ahead(images.picture, range(len(paths)), threads=8)):
-        if picture.shape != first.shape:  # mixed sizes: decode on demand
-            return images
-        pixels[i] = picture
+    images.pixels = in_memory(images)
     images.agree()
-    images.pixels = pixels
     return images
+
+
+def in_memory(images):
+    """Pictures in files as (N, 3, H, W) uint8, or None where they are large, many, or of several sizes."""
+    first = images.picture(0)
+    if max(first.shape[1:]) > 128 or first.numel() * len(images) > IN_MEMORY_BYTES:
+        return None
+    pixels = torch.zeros(len(images), *first.shape, dtype=torch.uint8)
+    for row, picture in zip(pixels, ahead(images.picture, range(len(images)), threads=8)):
+        if picture.shape != first.shape:
+            return None
+        row.copy_(picture)
+    return pixels
 
 
 def torchvision_set(name, root, train):
@@ -344,11 +348,11 @@ def make_views(images, ids, planned, device, workers):
                 for box, (view, _) in zip(boxes, planned)]
 
     if images.pixels is None:
-        cropped = map(torch.stack, zip(*ahead(crops, range(len(ids)), workers)))
+        pictures = map(torch.stack, zip(*ahead(crops, range(len(ids)), workers)))
         planned = [(view, {name: value for name, value in draws.items() if name != "crop"}) for view, draws in planned]
     else:
-        cropped = [images.pixels[ids.to(images.pixels.device, non_blocking=True)]] * len(planned)
-    views = [render_view(x.to(device, non_blocking=True), draws, view) for x, (view, draws) in zip(cropped, planned)]
+        pictures = [images.pixels[ids.to(images.pixels.device, non_blocking=True)]] * len(planned)
+    views = [render_view(x.to(device, non_blocking=True), draws, view) for x, (view, draws) in zip(pictures, planned)]
     return images.index_of[ids].to(device, non_blocking=True), views  # last: reading may have replaced pictures
 
 
@@ -399,12 +403,8 @@ def extract_features(network, images, size, *, device="cpu", workers=0, batch_si
 
 # ---- views: every view is made on the device
 # `draw_view` draws every random number on the CPU, for the global batch: a dict of tensors whose first dimension is the
-# sample, so that a rank (or a worker) keeps its rows with {key: value[lo:hi]}. `render_view` turns uint8 images and
-# these numbers into a normalised batch on the images' device; it draws nothing, and nothing waits for the device.
-
-# One mean and one std for every data set and channel: nothing to measure or to keep with a checkpoint, gray stays gray,
-# and the BatchNorm after the first convolution absorbs what is left.
-PIXEL_MEAN, PIXEL_STD = 0.5, 0.25
+# sample, so that a rank keeps its rows with {key: value[lo:hi]}. `render_view` turns uint8 images and these numbers
+# into a normalised batch on the images' device; it draws nothing, and nothing waits for the device.
 
 
 class Augmentation(NamedTuple):
@@ -552,8 +552,12 @@ def gaussian_blur(images, sigma, kernel_size):
 
 
 def normalize_pixels(images):
-    """float images in [0,1] -> what networks are fed: zero mean, about unit deviation, laid out for convolutions."""
-    return ((images - PIXEL_MEAN) / PIXEL_STD).contiguous(memory_format=torch.channels_last)
+    """float images in [0,1] -> what networks are fed: zero mean, about unit deviation, laid out for convolutions.
+
+    One mean and deviation for every data set and channel: nothing to keep with a checkpoint, gray stays gray, and the
+    BatchNorm after the first convolution absorbs what is left.
+    """
+    return ((images - 0.5) / 0.25).contiguous(memory_format=torch.channels_last)
 
 
 GRAY = TF.rgb_to_grayscale  # (n,3,H,W) -> (n,1,H,W)
