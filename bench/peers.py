@@ -34,6 +34,7 @@ from torchvision import transforms as T
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import hirl_moco
+import plumbing
 
 try:
     import lightly
@@ -51,7 +52,6 @@ BATCH, DIM, QUEUE, TEMPERATURE, MOMENTUM, SIZE = 128, 128, 4096, 0.2, 0.99, 32
 
 def our_step(arch, stem, device):
     """hirl_moco.py's step with --clusters 0, as a function of two views (B, 3, S, S)."""
-    torch.manual_seed(0)
     model = hirl_moco.MoCo(hirl_moco.Encoder(arch, stem, "mlp", DIM, SIZE), DIM, QUEUE)
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), 0.03, momentum=0.9, weight_decay=5e-4)
@@ -71,7 +71,6 @@ def our_step(arch, stem, device):
 
 def lightly_step(arch, stem, device):
     """The same of lightly's parts, in the order of its MoCo example."""
-    torch.manual_seed(0)
     backbone, width = common.backbone(arch, stem, SIZE)
     query = torch.nn.Sequential(backbone, MoCoProjectionHead(width, width, DIM)).to(device)
     key = copy.deepcopy(query)
@@ -179,6 +178,7 @@ def main():
     p.add_argument("--jpegs", type=int, default=64, help="of 500 x 375 px, 0: none")
     p.add_argument("--device", default="cpu")
     args = p.parse_args()
+    plumbing.set_up(argparse.Namespace(device=args.device, seed=0))  # as a run does; its allocator serves all alike
     versions = ", ".join(f"{m.__name__} {m.__version__}" for m in (torch, torchvision, Image, lightly) if m)
     print(f"{time.strftime('%Y-%m-%d')}  python {' '.join(sys.argv)}\n{versions}; {torch.get_num_threads()} threads, "
           f"{args.workers} workers; {cpu_name() if args.device == 'cpu' else torch.cuda.get_device_name()}")

@@ -26,6 +26,7 @@ from torchvision.transforms.functional import to_pil_image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import hirl_moco
+import plumbing
 
 
 def clock(function, device):
@@ -65,11 +66,10 @@ def main():
     p.add_argument("--rounds", type=int, default=7)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args()
-    device = torch.device(args.device)
+    device = plumbing.set_up(argparse.Namespace(device=args.device, seed=0))  # as a run does
     train, _ = common.load_data(args.data, args.data_root, device)
     preset = hirl_moco.PRESETS["textures" if args.data == "textures" else "cifar"]
     view = hirl_moco.AUGMENTATIONS["textures" if args.data == "textures" else "cifar"]
-    torch.manual_seed(0)
     clusters = [k for k in preset["clusters"] if k < len(train) / 4]
     model = hirl_moco.MoCo(hirl_moco.Encoder(args.arch, args.stem, "mlp-bn", 128), 128, preset["queue_size"])
     model.heads = nn.ModuleList(hirl_moco.level_head(128) for _ in clusters)
