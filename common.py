@@ -49,8 +49,6 @@ class Stop(Exception):
 
 
 # ---- ranks: nothing happens at world size 1
-
-
 def processes():
     """How many processes train together: 1, or what torchrun was told."""
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -116,8 +114,6 @@ def random_state(seed, *place, device="cpu"):
 
 
 # ---- data: pictures, their names, and labels coarse to fine
-
-
 @dataclass(eq=False)
 class Images:
     """One split of a data set: N pictures with names and, for evaluation only, labels."""
@@ -601,8 +597,6 @@ def render_view(images, draws, augmentation):
 
 
 # ---- k-means and hierarchy
-
-
 class Hierarchy(NamedTuple):
     """Tree of prototypes over N images, level 0 the finest; assign[l+1] == parent[l][assign[l]]."""
 
@@ -857,8 +851,6 @@ def hierarchical_kmeans(x, clusters, *, temperature, iterations=20, seed=0, devi
 
 
 # ---- hierarchy losses
-
-
 def semantic_path_loss(z, hierarchy, index, negative_leaves, eps=1e-6):
     """HIRL's semantic path discrimination: an image belongs on its own path of the tree, on no other.
 
@@ -982,8 +974,6 @@ def hcsc_prototype_loss(q, hierarchy, index, masks, *, unselected="remove", excl
 
 
 # ---- kNN and neighbours
-
-
 def largest_products(x, test, k):
     """Inner products and ids, each (B, k), of the k rows of all ranks with the largest, for each test row (B, D).
 
@@ -1092,8 +1082,6 @@ def knn_of_pixels(train, test, size, device):
 
 
 # ---- backbone: torchvision's, by name
-
-
 class TinyResNet(torchvision.models.ResNet):
     """A quarter-width ResNet of one block a stage, with torchvision's key names, for two CPU cores."""
 
