@@ -106,7 +106,7 @@ def run_defaults(folder):
     path = folder / "config.json"
     if not path.is_file():
         raise Stop(f"{folder} is no run folder, it has no config.json: give the --out of a training run")
-    config = plumbing.read_json(path)
+    config = plumbing.read(path)
     try:
         told = {name: str(config["arguments"][name]) for name in ("data", "data_root", "arch", "stem", "image_size")}
         common.STEMS[told["stem"]]
@@ -233,7 +233,7 @@ def load_backbone(args):
     if path and not path.is_file():
         raise Stop(f"{path} does not exist: " + ("correct --backbone" if args.backbone else
                    f"let the run finish, or add --backbone {path.with_name('checkpoint.pt')}"))
-    tensors, prefix = find_backbone(plumbing.load_file(path), path) if path else ({}, "")
+    tensors, prefix = find_backbone(plumbing.read(path), path) if path else ({}, "")
     if not args.stem and getattr(tensors.get(prefix + "conv1.weight"), "shape", ())[-1:] == (3,):
         raise Stop(f"the first layer in {path} is 3x3, but weights do not tell its stride: give --stem 3x3 or 3x3s2, "
                    "as in training")

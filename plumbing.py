@@ -8,13 +8,10 @@ import argparse
 import contextlib
 import csv
 import ctypes
-import functools
 import importlib.util
 import io
-import itertools
 import json
 import os
-import platform
 import re
 import signal
 import sys
@@ -37,6 +34,10 @@ import common
 from common import Stop, all_gather_rows, all_reduce_sum, differentiable_sum, local_rows, processes, rank
 
 TIMEOUT = timedelta(minutes=30)  # a process that is silent for longer is lost
+LARGEST = {int: 10**9, float: 1e30}  # what float32 and the machine bear
+CLAIMED = set()  # run folders that this process has
+MAY_DIFFER = {"resume", "out", "argv", "data", "data_root", "device", "workers", "compile", "eval_every", "tensorboard",
+              "processes"}  # between a run and what resumes it
 LOWER = "stopped, the last checkpoint is good; try a lower --base-lr or leave out --amp, in another --out"
 
 
@@ -71,12 +72,11 @@ def explanation(error):
             (BrokenPipeError, "", 141, "as a tool that SIGPIPE ends"),
             (OSError, "", 2, f"{first}: correct the path or its permissions"),
             (FloatingPointError, "", 1, f"features = nan after the last step: {LOWER}"),
-            (RuntimeError, "out of memory|alloc_failed", 1,  # CUDA's words and its libraries'
+            (RuntimeError, "out of memory|alloc_failed", 1,  # CUDA's words, its libraries'
              f"out of GPU memory at {peak_memory()} GiB: give a smaller --batch-size"),
             (RuntimeError, lost, 1, f"another process stopped this one ({first}): read its sentence, then --resume"),
             (RuntimeError, "kernel size|too small", 2, f"too small views ({first}): give a larger --image-size"),
-            ((RuntimeError, MemoryError), "allocate memory|not enough memory|overflow", 2,
-             f"a size is too large for this machine ({first}): give smaller numbers")):
+            ((RuntimeError, MemoryError), "(allocate|enough) memory|overflow", 2, f"too large ({first}): give less")):
         if isinstance(error, kind) and re.search(words, str(error).lower()):
             return code, sentence
     raise error
@@ -103,8 +103,7 @@ def set_up(args):
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
         except (ValueError, RuntimeError) as error:
-            raise Stop(f"WORLD_SIZE is set, but the processes do not meet ({str(error).splitlines()[0]}): start them "
-                       "with torchrun, or unset WORLD_SIZE") from error
+            raise Stop(f"WORLD_SIZE is set, but no processes meet ({error!s:.60}): start with torchrun") from error
     torch.manual_seed(args.seed)
     return device
 
@@ -122,9 +121,6 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
-
-
-LARGEST = {int: 10**9, float: 1e30}  # what float32 and the machine bear
 
 
 def positive(kind, zero=False, most=None):
@@ -157,8 +153,7 @@ def shared_arguments(description, presets):
     add("--out", help="run folder (default: runs/<script>-<data>-<seed>)")
     add("--resume", action="store_true", help="continue the run in --out where it stopped")
     add("--arch", help="tiny, a torchvision model that ends in fc, as resnet50, or a ViT, as vit_b_16 (preset)")
-    add("--stem", choices=["3x3", "3x3s2", "7x7"],
-        help="a ResNet's first layer: 3x3 without max-pool, at stride 1 or 2, or torchvision's (preset)")
+    add("--stem", choices=["3x3", "3x3s2", "7x7"], help="a ResNet's first layer; 7x7: torchvision's, max-pool (preset)")
     add("--image-size", type=positive(int, most=4096), help="side of the views, pixels (preset)")
     add("--dim", type=positive(int), default=128, help="width D of the embedding")
     add("--epochs", type=positive(int), help="passes over the data (preset)")
@@ -169,13 +164,13 @@ def shared_arguments(description, presets):
     add("--warmup-epochs", type=positive(int, zero=True), help="epochs before the hierarchy (preset)")
     add("--seed", type=positive(int, zero=True), default=0, help="of everything random")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
-    add("--workers", type=positive(int, zero=True), default=4,
-        help="threads that decode pictures too large or too many to keep in memory")
+    add("--workers", type=positive(int, zero=True), default=4, help="threads that decode pictures not kept in memory")
     add("--amp", action="store_true", help="bfloat16 autocast in the networks; losses stay float32")
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--eval-every", type=positive(int), default=1, help="epochs between kNN evaluations")
     add("--tensorboard", action="store_true", help="also write the log for tensorboard, if it is installed")
     return p
+
 
 def resolve_arguments(parser, presets, argv=None):
     """Arguments from, in falling order of precedence, the command line, that of the run to resume, the preset.
@@ -183,13 +178,13 @@ def resolve_arguments(parser, presets, argv=None):
     args.argv are the words of both command lines: what they ask for is obeyed or refused, whereas a preset's number is
     reduced, and said, where the data is too small for it.
     """
-    argv = [part for word in (sys.argv[1:] if argv is None else map(str, argv))
+    argv = [part for word in map(str, sys.argv[1:] if argv is None else argv)
             for part in (word.split("=", 1) if word.startswith("--") else [word])]
     args, script = parser.parse_args(argv), Path(parser.prog).stem
     data = Path(args.data).resolve().name if Path(args.data).is_dir() else args.data
     folder = Path(args.out or f"runs/{script}-{data}-{args.seed}")
     if args.resume and (folder / "config.json").exists():
-        saved = read_json(folder / "config.json")["arguments"]
+        saved = read(folder / "config.json")["arguments"]
         if saved.get("script") != script or not isinstance(saved.get("argv"), list):
             raise Stop(f"{folder}/config.json is of {saved.get('script')}.py: resume with it, or give another --out")
         argv = [*map(str, saved["argv"]), *argv]  # of a flag given twice the later one counts
@@ -205,7 +200,7 @@ def preset_of(data):
     """textures, cifar (pictures up to 64 px), photos (fewer than 100,000) or imagenet."""
     if not Path(data).is_dir():
         return {"textures": "textures", "stl10": "photos"}.get(data, "cifar")
-    many = list(itertools.islice(common.picture_files(data), 100_000))
+    many = [path for _, path in zip(range(100_000), common.picture_files(data))]
     try:
         small = max(common.decode(many[0]).shape[1:]) <= 64
     except Exception:  # no picture, or a damaged one: load_data will say so
@@ -243,18 +238,18 @@ def fit_batch(args, pictures):
     size = processes()
     batch_size = fit("batch_size", args, at_most=pictures) // size * size
     if batch_size < 2 * size or batch_size != args.batch_size and "--batch-size" in args.argv:
-        raise Stop(f"--batch-size {args.batch_size}, of {pictures} pictures, must be a multiple of {size} processes "
-                   f"and at least {2 * size}, for batch norm")
+        raise Stop(f"--batch-size {args.batch_size} of {pictures} pictures must be a multiple of the {size} processes, "
+                   f"and at least {2 * size}")
     return batch_size
 
 
 def evaluation(args, device, train, test, backbone):
-    """Two functions: features(network, images) -> (n, F) of this process's pictures, by the network in evaluation mode;
-    knn() -> accuracy of the backbone's features in percent, a label depth, or None without labels.
-    """
-    features = functools.partial(common.extract_features, size=args.image_size, device=device, workers=args.workers,
-                                 amp=args.amp)
-    return features, lambda: common.knn_accuracy(train, test, functools.partial(features, backbone))
+    """features(network, images) -> (n, F) of own pictures; knn() -> the backbone's accuracies in percent, or None."""
+    def features(network, images):
+        return common.extract_features(network, images, args.image_size, device=device, workers=args.workers,
+                                       amp=args.amp)
+
+    return features, lambda: common.knn_accuracy(train, test, lambda images: features(backbone, images))
 
 
 # ---- several processes
@@ -265,7 +260,8 @@ def set_lr(optimizer, lr):
 
 
 def average(tensors):
-    """Mean over ranks of tensors, in place and in one collective; nothing at world size 1."""
+    """Mean over ranks of those that are tensors, not None, in place and in one collective; nothing at world size 1."""
+    tensors = [t for t in tensors if t is not None]
     if processes() > 1 and tensors:
         flat = all_reduce_sum(torch.cat([t.flatten() for t in tensors])) / processes()
         for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
@@ -274,14 +270,7 @@ def average(tensors):
 
 def average_gradients(parameters):
     """Mean over ranks of every gradient."""
-    average([p.grad for p in parameters if p.grad is not None])
-
-
-def own_statistics(network):
-    """Running statistics of batch norms that see one rank's rows: what `average` must keep equal on all ranks."""
-    return [statistic for norm in network.modules()
-            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and not isinstance(norm, SyncBatchNorm)
-            for statistic in (norm.running_mean, norm.running_var) if statistic is not None]
+    average(p.grad for p in parameters)
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
@@ -294,15 +283,14 @@ class SyncBatchNorm(nn.SyncBatchNorm):
             return super().forward(x)
         wide, over = x.to(torch.promote_types(x.dtype, torch.float32)), [0, *range(2, x.ndim)]
         mean = differentiable_sum(wide.mean(over, keepdim=True)) / processes()  # (1, C, 1, ...)
-        centred = wide - mean
-        var = differentiable_sum(centred.pow(2).mean(over, keepdim=True)) / processes()
+        var = differentiable_sum((wide - mean).pow(2).mean(over, keepdim=True)) / processes()
         count = x.numel() / x.shape[1] * processes()
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.flatten(), self.momentum)
             self.running_var.lerp_(var.flatten() * count / (count - 1), self.momentum)
         scale, shift = (self.weight.view_as(mean), self.bias.view_as(mean)) if self.affine else (1, 0)
-        return (centred * ((var + self.eps).rsqrt() * scale) + shift).to(x.dtype)
+        return ((wide - mean) * ((var + self.eps).rsqrt() * scale) + shift).to(x.dtype)
 
 
 def sync_batch_norm(module):
@@ -326,10 +314,6 @@ def make_keys(encode, view, bn, generator):
 
 
 # ---- the run folder
-MAY_DIFFER = {"resume", "out", "argv", "data", "device", "workers", "compile", "eval_every", "data_root", "tensorboard",
-              "processes"}  # between a run and what resumes it
-
-
 class Run:
     """A run's folder and what it remembers. Every rank calls every method in the same order; rank 0 writes.
 
@@ -339,11 +323,8 @@ class Run:
     def __init__(self, args):
         self.args, self.folder, self.log, self.board = args, Path(args.out), [], None
         self.sums, self.steps, self.last = {}, 0, None  # of the epoch so far: sums of its losses, steps, last losses
-        self.signal, self.flag, self.parent = 0, (torch.tensor(0), None), os.getppid()
-        if args.resume and not (self.folder / "config.json").exists():
-            raise Stop(f"{self.folder} holds no run to resume: leave out --resume, or correct --out")
-        if not args.resume:
-            refuse_existing(self.folder)
+        self.signal, self.asked, self.parent = 0, None, os.getppid()
+        check_folder(self.folder, args.resume)
         if args.tensorboard and not importlib.util.find_spec("tensorboard"):
             raise Stop("--tensorboard needs the package tensorboard: install it, or leave that out")
         for number in (signal.SIGTERM, signal.SIGINT):  # noted: the step is finished and saved first
@@ -359,27 +340,28 @@ class Run:
         now = {**vars(self.args), **derived}
         say("\n  ".join([str(self.folder), *(f"{name:20} {value}" for name, value in now.items() if name != "argv")]))
         if rank() == 0:
-            claim(self.folder, new=not self.args.resume)
+            claim(self.folder, self.args.resume)
         all_reduce_sum(torch.zeros(1))  # nobody goes on before
         if not self.args.resume:
             config = dict(arguments=vars(self.args), derived=derived, **circumstances())
             return write_atomically(path, json.dumps(config, indent=1).encode())
-        saved = {**read_json(path)["arguments"], **read_json(path)["derived"]}
+        saved = {name: value for part in read(path).values() for name, value in part.items()}
         changed = {name for name in now if saved.get(name) != now[name]}
         said = ", ".join(f"{name} ({saved.get(name)} before)" for name in sorted(changed - MAY_DIFFER or changed))
         if changed - MAY_DIFFER:
-            raise Stop(f"{self.folder} was started with other arguments or data ({said}): give the same, or choose "
-                       "another --out")
+            raise Stop(f"{self.folder} ran with other arguments or data ({said}): give the same, or another --out")
         say(f"resumed with another {said}")
 
     def resume(self, device, **parts):
         """Load the checkpoint, if there is one, into `parts` (model, optimizer) -> (epoch, step) to go on at, keep: a
         Hierarchy on the device, a table on the CPU.
         """
-        self.parts, self.statistics, path = parts, own_statistics(parts["model"]), self.folder / "checkpoint.pt"
+        self.parts, path = parts, self.folder / "checkpoint.pt"
+        norms = [part for part in parts["model"].modules() if type(part) is not SyncBatchNorm]  # which see own rows
+        self.statistics = [getattr(norm, name, None) for norm in norms for name in ("running_mean", "running_var")]
         if not path.exists():
             return 0, 0, None
-        state = load_file(path)
+        state = read(path)
         try:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
@@ -391,8 +373,8 @@ class Run:
             if keep is not None and not torch.is_tensor(keep):
                 keep = common.Hierarchy(*([level.to(device) for level in levels] for levels in keep))
         except Exception as error:  # torch raises many types for what it does not expect
-            raise Stop(f"{path} is no checkpoint of this run ({type(error).__name__}): restore it from a copy, or "
-                       "start again with another --out") from error
+            raise Stop(f"{path} is no checkpoint of this run ({type(error).__name__}): restore it, or start again with "
+                       "another --out") from error
         return epoch, step, keep
 
     def asked_to_stop(self, wait):
@@ -400,19 +382,18 @@ class Run:
 
         subtle: without `wait` several ranks answer for the call before this one, so that none waits for the others.
         """
-        if processes() > 1 and os.getppid() != self.parent:
+        if processes() == 1:
+            return self.signal
+        if os.getppid() != self.parent:
             self.signal = signal.SIGTERM
-        before, flag = self.flag, torch.tensor(self.signal)
-        self.flag = flag, dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True) if processes() > 1 else None
-        flag, work = self.flag if wait or processes() == 1 else before
-        if work:
-            work.wait()
+        before, flag = self.asked, torch.tensor(self.signal)
+        self.asked = flag, dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True)
+        flag, work = before if before and not wait else self.asked
+        work.wait()
         return int(flag)
 
     def save(self, epoch, step, keep, row=None):
-        """checkpoint.pt of a finite network, row() in the log before: the one before it stays intact until this one is
-        complete. After a signal Stop, on all ranks.
-        """
+        """row() into the log, then checkpoint.pt, of a finite network only; after a signal Stop, on all ranks."""
         self.check()
         keep = tuple(keep) if isinstance(keep, tuple) else keep  # a Hierarchy as plain containers
         state = dict({name: part.state_dict() for name, part in self.parts.items()}, epoch=epoch, step=step, keep=keep,
@@ -437,8 +418,7 @@ class Run:
     def end_step(self, epoch, step, values, keep):
         """Add a dict of scalars, means over this rank's rows, to the epoch's; after a signal on any rank save and stop.
 
-        subtle: they are read at the end of the next step, when they have long arrived, so that nobody waits for a GPU;
-        a value that is not finite stops the run one step late.
+        subtle: they are read, and refused, at the end of the next step, so that nobody waits for a GPU.
         """
         self.check()
         average(self.statistics)
@@ -476,21 +456,19 @@ class Run:
         """Append one object to log.jsonl and print it as one line."""
         self.log.append(row)
         write_atomically(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.log).encode())
-        cells = {name: value if isinstance(value, list) else [value] for name, value in row.items()}
+        cells = {name: v if isinstance(v, list) else [v] for name, v in row.items() if v is not None}
         if self.args.tensorboard and rank() == 0:
             from torch.utils.tensorboard import SummaryWriter
             self.board = self.board or SummaryWriter(self.folder)
-            for tag, value in ((f"{name}/{place}", v) for name in cells for place, v in enumerate(cells[name])):
-                if value is not None:
-                    self.board.add_scalar(tag, value, row["epoch"])
+            for tag, v in ((f"{name}/{place}", v) for name in cells for place, v in enumerate(cells[name])):
+                self.board.add_scalar(tag, v, row["epoch"])
             self.board.flush()
         say("  ".join(f"{name} {'/'.join(f'{v:.4g}' if isinstance(v, float) else str(v) for v in values)}"
-                      for name, values in cells.items() if values != [None]))
+                      for name, values in cells.items()))
 
     def save_backbone(self, backbone):
         """backbone.pt: torchvision's key names, without fc."""
         weights = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
-        refuse_not_finite(weights, "after the last step")
         write_atomically(self.folder / "backbone.pt", weights)
 
     def verdict(self):
@@ -512,16 +490,15 @@ class Run:
             f"next             python eval_linear.py --run {self.folder}{more}")
 
 
-def refuse_existing(folder):
-    """Stop where there is a run, or anything else but the torn files of one that could not begin."""
-    if folder.exists() and (not folder.is_dir() or any(path.suffix != ".tmp" for path in folder.iterdir())):
+def check_folder(folder, resume):
+    """Stop where there is no run to resume or, for a new one, more than the torn files of one that could not begin."""
+    if resume and not (folder / "config.json").exists():
+        raise Stop(f"{folder} holds no run to resume: leave out --resume, or correct --out")
+    if not resume and folder.exists() and not (folder.is_dir() and all(p.suffix == ".tmp" for p in folder.iterdir())):
         raise Stop(f"{folder} exists and is not overwritten: continue it with --resume, or choose another --out")
 
 
-CLAIMED = set()  # folders that this process has
-
-
-def claim(folder, new):
+def claim(folder, resume):
     """Create the folder, take it for this process until it ends, however it ends; Stop where another one has it.
 
     The lock is the system's and on the folder itself: nothing is left behind. Windows has none such: no claim there.
@@ -535,24 +512,18 @@ def claim(folder, new):
         except BlockingIOError as error:
             raise Stop(f"{folder} is in use by another process: let that end, or choose another --out") from error
         CLAIMED.add(folder.resolve())
-    if new:
-        refuse_existing(folder)  # a run that began, and perhaps ended, since we looked
+    check_folder(folder, resume)  # again: a run may have begun, and ended, since we looked
     for torn in folder.glob("*.tmp"):
         torn.unlink()
 
 
-def refuse_not_finite(state, when):
-    """Stop, naming them, if tensors in nested dicts, lists and tuples are not finite."""
-    def walk(name, value):
-        if isinstance(value, dict | list | tuple):
-            for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-                yield from walk(f"{name}.{key}", part)
-        elif torch.is_tensor(value) and not value.isfinite().all():
-            yield f"{name[1:]} = {value[~value.isfinite()][0].item()}"
-
-    if bad := [*walk("", state)]:
-        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        raise Stop(f"{bad[0]}{more} {when}: {LOWER}", code=1)
+def refuse_not_finite(state, when, name=""):
+    """Stop at the first tensor in nested dicts, lists and tuples that is not finite, and name it."""
+    if isinstance(state, dict | list | tuple):
+        for key, part in state.items() if isinstance(state, dict) else enumerate(state):
+            refuse_not_finite(part, when, f"{name}.{key}".lstrip("."))
+    elif torch.is_tensor(state) and not state.isfinite().all():
+        raise Stop(f"{name} = {state[~state.isfinite()][0].item()} {when}: {LOWER}", code=1)
 
 
 def write_atomically(path, content):
@@ -573,37 +544,32 @@ def write_atomically(path, content):
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise Stop(f"cannot write {path} ({error.strerror}): what was there is intact; make room, then --resume",
-                   code=1) from error
+        raise Stop(f"cannot write {path} ({error.strerror}): make room, then --resume what is intact", 1) from error
 
 
 def circumstances():
     """What is noted beside every result: command, date, versions."""
     return dict(command=" ".join([Path(sys.executable).name, *sys.argv]), date=time.strftime("%Y-%m-%d"),
-                versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
+                versions=dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__))
 
 
-def load_file(path):
-    """A torch file, on the CPU; tensors and plain containers only: nothing is ever executed, every byte is checked."""
+def read(path):
+    """What config.json ({"arguments": {}, "derived": {}}) or a torch file holds, its tensors on the CPU.
+
+    Tensors and plain containers only: nothing is ever executed. Every byte is checked. Stop if it is no such file.
+    """
     try:
         if not path.is_file():  # a pipe would never end
             raise FileNotFoundError
+        if path.name == "config.json":
+            return {name: dict(json.loads(path.read_bytes())[name]) for name in ("arguments", "derived")}
         if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):  # torch ignores the checksums
             raise ValueError(damaged)
         with warnings.catch_warnings(record=True):  # not shown
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated, damaged, foreign, malicious: torch raises many types
-        raise Stop(f"{path} is not a readable checkpoint ({type(error).__name__}): restore it from a copy or give "
-                   "another") from error
+        raise Stop(f"{path} is not readable ({type(error).__name__}): restore it, or give another (--out)") from error
 
-
-def read_json(path):
-    """config.json of a run folder, its arguments and derived values."""
-    try:
-        config = json.loads(path.read_bytes())
-        return {name: dict(config[name]) for name in ("arguments", "derived")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Stop(f"{path} is not readable ({type(error).__name__}): give another --out or --run") from error
 
 # ---- what an epoch's row of the log holds
 def peak_memory():
@@ -625,8 +591,8 @@ def feature_std(embedding):
 def use_of_outputs(p, chosen, now, steps):
     """For the log: mean entropy of targets p (..., P), entropy of their mean, outputs that were one's largest lately.
 
-    In nats, over all ranks, equally many targets each. Both near ln P: all is uniform; the mean's small: few outputs
-    are used. chosen (P,) int64, the step an output last was the largest, is updated at `now`; `steps` steps count.
+    In nats, over all ranks. Both near ln P: all is uniform; that of the mean small: few outputs are in use.
+    chosen (P,) int64, the step an output last was the largest, is updated at step `now`; the last `steps` count.
     """
     p = p.flatten(0, -2)
     mean = all_reduce_sum(p.mean(dim=0)) / processes()  # (P,)

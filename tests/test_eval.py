@@ -450,7 +450,7 @@ def bad_inputs(run, tmp_path):
         "is no run folder": ["--run", flat],
         "let the run finish": ["--run", unfinished],
         "correct --backbone": ["--run", run, "--backbone", tmp_path / "nowhere.pt"],
-        "not a readable checkpoint": ["--run", run, "--backbone", tmp_path / "text.pt"],
+        "text.pt is not readable": ["--run", run, "--backbone", tmp_path / "text.pt"],
         "no weights of a ResNet": ["--run", run, "--backbone", tmp_path / "foreign.pt"],
         "correct --arch": ["--run", run, "--arch", "resnet18"],
         "is no network": ["--run", run, "--arch", "vgg11"],
@@ -575,7 +575,7 @@ def test_a_damaged_file_is_refused(run, monkeypatch, capsys, tmp_path):
                               whole[middle + 1:]).items():
         (tmp_path / name).write_bytes(content)
         code, _, errors = evaluate(monkeypatch, capsys, "--run", run, "--backbone", tmp_path / name)
-        assert code == 2 and "readable checkpoint" in errors and errors.count("\n") == 1, errors
+        assert code == 2 and "is not readable" in errors and errors.count("\n") == 1, errors
     assert len(torch.load(tmp_path / "bit")) == len(torch.load(run / "backbone.pt"))
 
 

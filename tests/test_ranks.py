@@ -11,6 +11,7 @@ import sys
 import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -253,7 +254,9 @@ def statistics_of_my_rows():
     network = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.BatchNorm1d(7, track_running_stats=False))
     network(torch.randn(6, 5, generator=torch.Generator().manual_seed(common.rank())))
     before = network[1].running_mean.clone()
-    plumbing.average(plumbing.own_statistics(network))
+    run = SimpleNamespace(folder=Path("no/such"))
+    plumbing.Run.resume(run, "cpu", model=network)
+    plumbing.average(run.statistics)
     return dict(before=before, mean=network[1].running_mean, var=network[1].running_var)
 
 
@@ -307,6 +310,13 @@ def test_sync_batch_norm_on_two_ranks_equals_batch_norm_on_one(tmp_path):
     for rank in (first, second):
         assert_close(rank["grads"], one["grads"])
         assert_close(dict(rank["state"]), dict(one["state"]))  # running statistics and their counter too
+
+
+def test_on_a_gpu_batch_norms_are_synchronised_by_torch(monkeypatch):
+    monkeypatch.setattr(plumbing, "processes", lambda: 2)
+    monkeypatch.setattr(nn.SyncBatchNorm, "forward", lambda norm, x: (norm.process_group, norm.weight))
+    norm = plumbing.sync_batch_norm(nn.BatchNorm2d(3))
+    assert norm(SimpleNamespace(device=torch.device("cuda"))) == (None, norm.weight)
 
 
 def simclr_gradients():
