@@ -307,9 +307,9 @@ def make_keys(encode, view, bn, generator):
     """
     if bn == "sync" or processes() == 1:  # one process has nobody to mix with
         return encode(view)
-    everyone = all_gather_rows(view)  # (B, 3, S, S) of all processes
+    everyone = all_gather_rows(view, equal=True)  # (B, 3, S, S) of all processes
     order, mine = torch.randperm(len(everyone), generator=generator), local_rows(len(everyone))
-    shuffled = all_gather_rows(encode(everyone[order[mine]]))  # (B, D)
+    shuffled = all_gather_rows(encode(everyone[order[mine]]), equal=True)  # (B, D)
     return shuffled[order.argsort()[mine].to(shuffled.device)]
 
 
@@ -584,7 +584,7 @@ def peak_memory():
 
 def feature_std(embedding):
     """Spread of the unit rows of all ranks' (b, D): 1 where they point everywhere, 0 where all point one way."""
-    return all_gather_rows(embedding.detach()).std(dim=0).mean() * embedding.shape[1] ** 0.5
+    return all_gather_rows(embedding.detach(), equal=True).std(dim=0).mean() * embedding.shape[1] ** 0.5
 
 
 @torch.no_grad()
@@ -596,7 +596,7 @@ def use_of_outputs(p, chosen, now, steps):
     """
     p = p.flatten(0, -2)
     mean = all_reduce_sum(p.mean(dim=0)) / processes()  # (P,)
-    chosen[all_gather_rows(p.argmax(dim=1))] = now
+    chosen[all_gather_rows(p.argmax(dim=1), equal=True)] = now
     return {"entropy": torch.special.entr(p).sum(dim=1).mean(), "entropy_of_mean": torch.special.entr(mean).sum(),
             "prototypes_in_use": (chosen > now - steps).sum().float()}
 
