@@ -130,7 +130,8 @@ def positive(kind, zero=False, most=None):
         if not (0 <= value if zero else 0 < value) or not value <= limit:
             raise argparse.ArgumentTypeError(f"{text} must be {'at least' if zero else 'above'} 0 and at most {limit}")
         return value
-    return number  # argparse's "invalid number value: 'x'"
+    number.__name__ = kind.__name__  # argparse's "invalid int value: 'x'"
+    return number
 
 
 def preset_table(presets):
