@@ -964,9 +964,8 @@ def hcsc_prototype_loss(q, hierarchy, index, masks, *, unselected="remove", excl
         logits = q @ (prototypes / phi[:, None]).detach().to(q.dtype).T  # (B, K_l)
         kept = logits.masked_fill(mask == 0, rest)
         if batch:
-            absent = torch.zeros(len(prototypes), dtype=torch.bool, device=q.device)
+            absent = torch.arange(len(prototypes), device=q.device) >= assign.max()  # off by one: never the last
             absent[own] = True
-            absent[assign.max():] = True  # off by one: the last cluster is never a negative
             kept = kept.masked_fill(absent, -math.inf)
         pos = logits.gather(1, own)  # (B, 1)
         losses.append((kept.scatter(1, own, pos).logsumexp(dim=1) - pos[:, 0]).mean())
@@ -1142,7 +1141,8 @@ def drop_path(backbone, rate, views, batch_size, generator):
         return None
     chance = torch.linspace(0, rate, len(backbone.encoder.layers)).repeat_interleave(2)[:, None, None]
     kept = torch.rand(len(chance), views, batch_size, generator=generator) >= chance
-    return (kept / (1 - chance).clamp(min=1e-6))[..., local_rows(batch_size)].to(backbone.class_token.device)
+    kept = (kept / (1 - chance).clamp(min=1e-6))[..., local_rows(batch_size)]
+    return kept.to(backbone.class_token.device, non_blocking=True)
 
 
 STEMS = {"3x3": 1, "3x3s2": 2, "7x7": None}  # stride of a 3x3 first convolution without max-pool; torchvision's own

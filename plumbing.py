@@ -328,8 +328,8 @@ class Run:
         check_folder(self.folder, args.resume)
         if args.tensorboard and not importlib.util.find_spec("tensorboard"):
             raise Stop("--tensorboard needs the package tensorboard: install it, or leave that out")
-        for number in (signal.SIGTERM, signal.SIGINT):  # noted: the step is finished and saved first
-            signal.signal(number, lambda number, frame: setattr(self, "signal", number))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.note_signal)
 
     def start(self, train, device, **derived):
         """Say what the run will do, and the numbers derived; take the folder; write config.json or, of a run that is
@@ -377,6 +377,12 @@ class Run:
             raise Stop(f"{path} is no checkpoint of this run ({type(error).__name__}): restore it, or start again with "
                        "another --out") from error
         return epoch, step, keep
+
+    def note_signal(self, number, frame):
+        """The step is finished and saved first. A second Ctrl-C ends a single process at once, as while data is read."""
+        if self.signal == number == signal.SIGINT and processes() == 1:
+            raise KeyboardInterrupt
+        self.signal = number
 
     def asked_to_stop(self, wait):
         """The signal that any rank got by now, or 0; the same on all ranks. Who has lost torchrun got one too.

@@ -65,12 +65,12 @@ def test_every_script_has_every_shared_block():
 
 def test_sizes():
     """Lines of a file; of a script's main and of the loop over its batches."""
-    most = {"textures.py": 140, "common.py": 1260, "test_losses.py": 900, "eval_linear.py": 600,
+    most = {"textures.py": 140, "common.py": 1190, "test_losses.py": 900, "eval_linear.py": 600,
             "hirl_moco.py": 290, "hirl_simclr.py": 290, "hcsc.py": 340, "csml.py": 380, "hirl_swav.py": 380,
             "hirl_ibot.py": 440}
     for path in [*HOUSE, *SCRIPTS, ROOT / "test_losses.py"]:
         lines = len(path.read_text().splitlines())
-        assert lines <= most.get(path.name, 660 if path.name == "plumbing.py" else 400), f"{path.name}: {lines} lines"
+        assert lines <= most.get(path.name, 665 if path.name == "plumbing.py" else 400), f"{path.name}: {lines} lines"
     for path in METHODS:
         main, = (node for node in tree_of(path).body if getattr(node, "name", "") == "main")
         inner, = (node for node in ast.walk(main) if isinstance(node, ast.For) and "timed" in ast.unparse(node.iter))
@@ -217,7 +217,7 @@ LIFTED = {  # function of common.py: the sections that have to be pasted with it
     "nearest_neighbours": ["ranks", "k-means and hierarchy", "kNN and neighbours"],
 }
 PASTE_IMPORTS = """
-import itertools, math, warnings
+import functools, itertools, math, warnings
 from typing import NamedTuple
 import torch
 import torch.distributed as dist

@@ -114,14 +114,10 @@ SETTINGS = {  # what a preset leaves off, so that every line of a step is run
     "hirl_swav": [["--queue-epoch", "0", "--optimizer", "larc"]], "hirl_simclr": [["--optimizer", "lars"]],
     "hirl_dino": [["--arch", "vit-8-96-2", "--drop-path", "0.1", "--clip-grad", "3", "--centering", "mean"]],
 }
-
-
-KNOWN = {"hcsc --release", "hirl_dino --arch vit-8-96-2 --drop-path 0.1 --clip-grad 3 --centering mean"}
 CASES = [" ".join([script, *more]) for script in SCRIPTS for more in [[], *SETTINGS.get(script, [])]]
-waits_still = pytest.mark.xfail(raises=Waits, reason="a wait that is known", strict=False)
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=waits_still if case in KNOWN else ()) for case in CASES])
+@pytest.mark.parametrize("case", CASES)
 def test_no_step_waits_for_its_device(case, monkeypatch, tmp_path):
     """Every script's loop, hierarchy and all."""
     monkeypatch.chdir(tmp_path)

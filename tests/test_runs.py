@@ -586,6 +586,17 @@ runpy.run_path({str(ROOT / "hirl_moco.py")!r}, run_name="__main__")
     assert log(tmp_path / "run")[-1]["peak_memory_gib"] is None
 
 
+def test_a_second_ctrl_c_ends_a_process_at_once(tmp_path, monkeypatch):
+    """The first one, and any SIGTERM, waits for the end of a step; while data is read there is none."""
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    stopped = plumbing.Run(hirl_moco.parse_args(["--out", str(tmp_path / "run")]))
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+        stopped.note_signal(number, None)
+        assert stopped.asked_to_stop(wait=True) == number
+    with pytest.raises(KeyboardInterrupt):
+        stopped.note_signal(signal.SIGINT, None)
+
+
 def test_one_event_file_for_tensorboard(pictures, tmp_path):
     pytest.importorskip("tensorboard")
     run(tmp_path, "hirl_moco", arguments("hirl_moco", pictures, "run", plain=True, epochs=2) + ["--tensorboard"])
