@@ -379,7 +379,7 @@ class Run:
         return epoch, step, keep
 
     def note_signal(self, number, frame):
-        """The step is finished and saved first. A second Ctrl-C ends a single process at once, as while data is read."""
+        """The step is finished and saved first. A second Ctrl-C ends a process that is alone at once."""
         if self.signal == number == signal.SIGINT and processes() == 1:
             raise KeyboardInterrupt
         self.signal = number
