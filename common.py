@@ -154,9 +154,9 @@ class Images:
         return Images(names, labels, self.class_names, pixels, paths, unreadable)
 
     def picture(self, i):
-        """Picture i as (3, H, W) uint8 or, when it cannot be read, the next one that can: that is noted. Any thread."""
+        """Picture i, PIL's, RGB; when it cannot be read, the next one that can: that is noted. In any thread."""
         if self.pixels is not None:
-            return self.pixels[i]
+            return TF.to_pil_image(self.pixels[i].cpu())
         first, why = int(self.index_of[i]), ""
         for j in range(first, first + 2 + len(self) // 100):  # more in a row are above 1 %
             try:
@@ -190,7 +190,7 @@ class Images:
 
 
 def decode(path):
-    """A picture file of any mode as (3, H, W) uint8 RGB: 16-bit is scaled, alpha is dropped."""
+    """A picture file of any mode as PIL's, RGB: 16-bit is scaled, alpha is dropped."""
     if not os.path.isfile(path):
         raise ValueError("no regular file")  # a pipe would never end
     with Image.open(path) as picture:
@@ -198,7 +198,7 @@ def decode(path):
             values = np.asarray(picture, np.float32)
             values = values * 255 if picture.mode == "F" and values.max() <= 1 else values / 257
             picture = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-        return TF.pil_to_tensor(picture.convert("RGB"))
+        return picture.convert("RGB")
 
 
 def load_data(data, data_root="data", device="cpu", validation=False):
@@ -277,13 +277,14 @@ def folder(root, class_names=None):
 def in_memory(images):
     """Pictures in files as (N, 3, H, W) uint8, or None where they are large, many, or of several sizes."""
     first = images.picture(0)
-    if max(first.shape[1:]) > 128 or first.numel() * len(images) > IN_MEMORY_BYTES:
+    shape = len(images), 3, first.height, first.width
+    if max(first.size) > 128 or math.prod(shape) > IN_MEMORY_BYTES:
         return None
-    pixels = torch.zeros(len(images), *first.shape, dtype=torch.uint8)
+    pixels = torch.empty(shape, dtype=torch.uint8)
     for row, picture in zip(pixels, ahead(images.picture, range(len(images)), threads=8)):
-        if picture.shape != first.shape:
+        if picture.size != first.size:
             return None
-        row.copy_(picture)
+        row.copy_(TF.pil_to_tensor(picture))
     return pixels
 
 
@@ -338,10 +339,13 @@ def make_views(images, ids, planned, device, workers):
     """
     def crops(row):  # of one large picture, a crop for each view
         picture = images.picture(int(ids[row]))
-        boxes = [view_boxes(draws["crop"][row:row + 1] if draws else None, *picture.shape[1:], view)[0].tolist()
-                 for view, draws in planned]
-        return [TF.resized_crop(picture, *box, [view.size] * 2, antialias=True)
-                for box, (view, _) in zip(boxes, planned)]
+        made = []
+        for view, draws in planned:
+            u = draws["crop"][row:row + 1] if draws else None
+            top, left, h, w = view_boxes(u, picture.height, picture.width, view)[0].tolist()
+            crop = picture.resize((view.size, view.size), Image.Resampling.BILINEAR, (left, top, left + w, top + h))
+            made.append(TF.pil_to_tensor(crop))
+        return made
 
     if images.pixels is None:
         pictures = map(torch.stack, zip(*ahead(crops, range(len(ids)), workers)))
@@ -570,8 +574,8 @@ def render_view(images, draws, augmentation):
 
     Without a key "crop" images of size x size are taken as cropped already, others are cropped to their centre.
     """
-    size, most = augmentation.size, max(1, 2**23 // max(1, 12 * augmentation.size**2))
-    if images.device.type == "cpu" and len(images) > most:  # 8 MB at a time, which caches hold
+    size, most = augmentation.size, max(1, 2**22 // max(1, 12 * augmentation.size**2))
+    if images.device.type == "cpu" and len(images) > most:  # 4 MB at a time, which caches hold
         parts = zip(images.split(most), *(v.split(most) for v in draws.values()))
         return torch.cat([render_view(part, dict(zip(draws, own)), augmentation) for part, *own in parts])
     d = {key: v.to(images.device, non_blocking=True) for key, v in draws.items()}

@@ -26,7 +26,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torchvision.transforms.functional as TF
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
@@ -203,7 +202,7 @@ def preset_of(data):
         return {"textures": "textures", "stl10": "photos"}.get(data, "cifar")
     many = [path for _, path in zip(range(100_000), common.picture_files(data))]
     try:
-        small = max(common.decode(many[0]).shape[1:]) <= 64
+        small = max(common.decode(many[0]).size) <= 64
     except Exception:  # no picture, or a damaged one: load_data will say so
         small = False
     return "cifar" if small else "photos" if len(many) < 100_000 else "imagenet"
@@ -645,7 +644,7 @@ def write_tree(folder, images, features, hierarchy, rows=27, columns=10):
             draw.text((column * cell + 4, row * size + 4), describe(images, members), "black", font, spacing=1)
             nearest = members[own[level][members].argsort(descending=True)]
             for place, i in enumerate(nearest[:1 if level else columns].tolist()):
-                picture = TF.to_pil_image(images.picture(i)).resize((size - 4, size - 4), Image.Resampling.BICUBIC)
+                picture = images.picture(i).resize((size - 4, size - 4), Image.Resampling.BICUBIC)
                 canvas.paste(picture, (column * cell + caption + place * size, row * size + 2))
     picture = io.BytesIO()
     canvas.save(picture, "png", optimize=True)

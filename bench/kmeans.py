@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torchvision.transforms.functional import pil_to_tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import extract_features, hierarchical_kmeans, kmeans, load_data, near_centroids, normalize_pixels
@@ -117,9 +118,9 @@ def mixture(n, d, k, seed=1234):
 def patch_responses(folder):
     """(N, 1024) responses of a folder's pictures to 256 of their own whitened patches, rectified, pooled 2x2."""
     images, g = load_data(folder)[0], torch.Generator().manual_seed(0)
-    size = min(images.picture(0).shape[1:])
+    size = min(images.picture(0).size)
     which, corner = torch.randint(len(images), (10000,), generator=g), torch.randint(size - 5, (10000, 2), generator=g)
-    patches = torch.stack([normalize_pixels(images.picture(i)[None, :, a:a + 6, b:b + 6] / 255)[0]
+    patches = torch.stack([normalize_pixels(pil_to_tensor(images.picture(i))[None, :, a:a + 6, b:b + 6] / 255)[0]
                            for i, (a, b) in zip(which.tolist(), corner.tolist())]).flatten(1)
     patches -= patches.mean(1, keepdim=True)
     filters = torch.linalg.solve(patches.T.cov() + 0.1 * torch.eye(108), patches[:256].T).T  # whitens both sides

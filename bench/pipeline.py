@@ -21,7 +21,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from losses import cpu_name
 from torchvision import transforms
-from torchvision.transforms.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
@@ -100,7 +99,7 @@ def main():
         transforms.RandomResizedCrop(32, view.scale), transforms.RandomHorizontalFlip(),
         transforms.RandomApply([transforms.ColorJitter(*view.jitter)], view.jitter_p),
         transforms.RandomGrayscale(view.gray_p), transforms.ToTensor(), transforms.Normalize(0.5, 0.25)])
-    pictures = [to_pil_image(train.picture(i).cpu()) for i in range(args.batch_size)]
+    pictures = [train.picture(i) for i in range(args.batch_size)]
     fixed = next(stream())
     features_s, x = clock(lambda: F.normalize(common.extract_features(model.encoder_k, train, 32, device=device),
                                               dim=1), device)
