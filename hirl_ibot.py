@@ -22,15 +22,14 @@ one GPU                     python hirl_ibot.py --data cifar100 --amp --compile
 paper scale, 8 GPUs         torchrun --nproc-per-node=8 hirl_ibot.py --data /imagenet --amp
 
 Changes relative to hirl_dino.py (whose symbols and log these are): always a ViT; masks for the student, a learnt
-vector in place of a masked patch; S patches, their loss and centre c'. D1-D12, small, crops hold: DEVIATION on textures
-also a weak patch loss, since there a patch's colours give it away, and a ViT that starts as torchvision's.
+vector in place of a masked patch; S patches, their loss and centre c'. D1-D12, small, crops hold. DEVIATION on textures
+also: torchvision's initial ViT, a weak patch loss (a patch's colours give it away), only masked patches projected.
 
 Differs from paper (P), iBOT's code (I), HIRL's release (H); who does as this script, what the others do
   I1 PIH  a crop without mask (half of them) adds 0 to the mean of the patch loss: it weighs half on average
   I2 IH   the patch centre is the mean of all patches, masked or not
   I3 I6   local crops have no masks; I and H draw some, I switches them off by hand, H passes none
-  I4 I5   one projector, one set of prototypes for class token and patches, as in all published runs; I can have
-          two, H needs them equally many
+  I4 I5   one projector, one set of prototypes for class token and patches, as in all published runs; I can have two
   I7 I8   one batch for base and HIRL (H 32 and 43 images a GPU); teacher's lengths of prototypes like the student's
   I9 IH   the mask's vector starts at 0 and decays
 """
@@ -51,15 +50,15 @@ import plumbing
 # ---- [method] presets: one column a data scale, chosen by --data, printed at start
 VIT = dict(stem="7x7", projector="mlp", hidden=2048, dim=256, optimizer="adamw", weight_decay=0.04,
            final_weight_decay=0.4, drop_path=0.1, centering="mean", teacher_temperature=[0.04, 0.07],
-           ema_momentum=0.996, init_std=0.02, patch_weight=1.0)
+           ema_momentum=0.996, init_std=0.02, patch_weight=1.0, eval_every=1)
 SMALL = dict(VIT, local_crops=4, epochs=200, batch_size=256, base_lr=5e-4, final_lr=1e-6, lr_warmup=0.05, clip_grad=3.0,
              freeze_last_layer=1, clusters=[1000, 200, 40], warmup_epochs=20, negative_paths=500)
 PRESETS = {
     "textures": dict(VIT, arch="vit-8-96-4", projector="mlp-bn", hidden=256, dim=128, init_std=0.0, prototypes=256,
-                     image_size=32, local_crops=0, local_size=16, epochs=12, batch_size=64, base_lr=6e-3, final_lr=1e-6,
-                     lr_warmup=0.05, final_weight_decay=0.04, clip_grad=3.0, drop_path=0.0, freeze_last_layer=0,
-                     centering="sinkhorn", teacher_temperature=[0.02, 0.02], ema_momentum=0.9, patch_weight=0.1,
-                     clusters=[108, 27, 9], warmup_epochs=6, negative_paths=100),
+                     image_size=32, local_crops=0, local_size=16, epochs=16, batch_size=64, base_lr=6e-3,
+                     final_lr=1e-6, lr_warmup=0.05, final_weight_decay=0.04, clip_grad=3.0, drop_path=0.0,
+                     freeze_last_layer=0, centering="sinkhorn", teacher_temperature=[0.02, 0.02], ema_momentum=0.9,
+                     patch_weight=0.1, clusters=[108, 27, 9], warmup_epochs=8, negative_paths=100, eval_every=4),
     "cifar": dict(SMALL, arch="vit-4-192-9", stem="3x3", init_std=0.0, prototypes=4096, image_size=32, local_size=16),
     "photos": dict(SMALL, arch="vit-8-384-12", prototypes=8192, image_size=96, local_size=48),
     "imagenet": dict(VIT, arch="vit_b_16", prototypes=8192, image_size=224, local_crops=10, local_size=96, epochs=400,
@@ -178,26 +177,28 @@ class DINO(nn.Module):
 
 
 # ---- [method] crops
-def encode_crops(encoder, crops, masks=None, mask_token=None, branches=None):
+def encode_crops(encoder, crops, masks=None, mask_token=None, branches=None, read=None):
     """Crops [(b, 3, S, S)] -> raw projections of all class tokens (V, b, D), of the global crops' patches (2, b, S, D).
 
-    masks (2b, h, w) bool, of the two global crops, which come first; branches: see common.drop_path.
+    masks (2b, h, w) bool, of the two global crops, which come first; read (n,): patches, of 2bS, the others give 0.
     """
     branches = [None] * 2 if branches is None else [x.flatten(1) for x in branches.tensor_split([2], dim=1)]
     tokens = encoder.backbone.tokens(torch.cat(crops[:2]), masks, mask_token, branches[0])  # (2b, 1+S, F)
     local = [encoder.backbone(torch.cat(crops[2:]), branches=branches[1])] if crops[2:] else []  # ((V-2) b, F)
-    whole, local = encoder.projector(torch.cat([tokens.flatten(0, 1), *local])).tensor_split([tokens[..., 0].numel()])
-    whole = whole.unflatten(0, (2, -1, tokens.shape[1]))  # (2, b, 1+S, D)
-    return torch.cat([whole[:, :, 0], local.unflatten(0, (-1, whole.shape[1]))]), whole[:, :, 1:]
+    patches, images = tokens[:, 1:].flatten(0, 1), len(crops[0])  # (2bS, F)
+    rows = [tokens[:, 0], *local, patches if read is None else patches.index_select(0, read)]
+    raws, raws_patch = encoder.projector(torch.cat(rows)).tensor_split([len(crops) * images])  # (V b, D), (n, D)
+    if read is not None:
+        raws_patch = raws.new_zeros(len(patches), raws.shape[1]).index_copy(0, read, raws_patch)  # (2bS, D)
+    return raws.unflatten(0, (-1, images)), raws_patch.unflatten(0, (2, images, -1))
 
 
 # ---- [method] masks
 def block_masks(draws, ratio, side):
     """Masks (n, side, side) bool made of rectangles, as in BEiT: at most `ratio` (n,) of the patches, often fewer.
 
-    draws (n, tries, 4) uniform numbers, a try takes four: area, between (side // 3)^2 and what is missing, aspect,
-    0.3 to 1 / 0.3, row, column. It counts if it adds a patch and not too many, its sides below the grid's; ten in
-    vain end the mask. Source: iBOT (2111.07832), as released.
+    draws (n, tries, 4) uniform: area, between (side // 3)^2 and what is missing, aspect, 0.3 to 1 / 0.3, row, column.
+    A try counts if it adds a patch and not too many, its sides below the grid's; ten in vain are the end. Source: I.
     """
     masks = torch.zeros(len(draws), side, side, dtype=torch.bool)
     for mask, tries, missing in zip(masks.numpy(), draws.numpy(), (ratio * side**2).tolist()):
@@ -205,8 +206,7 @@ def block_masks(draws, ratio, side):
         for area, aspect, row, column in tries.tolist() if missing > 0 else ():
             if missing <= 0 or vain == 10:
                 break
-            area = (side // 3) ** 2 * (1 - area) + missing * area
-            aspect = 0.3 ** (1 - 2 * aspect)  # uniform in its logarithm
+            area, aspect = (side // 3) ** 2 * (1 - area) + missing * area, 0.3 ** (1 - 2 * aspect)  # log-uniform
             h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             top, left = int(row * (side - h + 1)), int(column * (side - w + 1))
             block, vain = mask[top:top + h, left:left + w], vain + 1
@@ -330,8 +330,8 @@ def main(args):
     plumbing.sync_batch_norm(model).to(device)  # under torchrun; one process has nothing to synchronise
     for encoder in (model.student, model.teacher) if args.compile else ():
         encoder.backbone.tokens = torch.compile(encoder.backbone.tokens)
-    chance = {name: weight * math.log(args.prototypes) for name, weight in (
-        ("dino", 1), ("patch", args.patch_weight * args.mask_share))}
+    balance, uniform = args.centering == "sinkhorn", math.log(args.prototypes)
+    chance = {"dino": uniform, "patch": args.patch_weight * args.mask_share * uniform}
     exported = clustered = model.teacher  # the one people take is the one that is clustered
     local = augmentation._replace(size=args.local_size, **LOCAL[args.preset])
     views = [augmentation, augmentation._replace(**SECOND[args.preset]), *[local] * args.local_crops]
@@ -381,26 +381,25 @@ def main(args):
             # ---- [method] logits of student and teacher, of class tokens and patches
             masks = random_masks(batch_size, args.image_size // model.student.backbone.patch_size, args.mask_share,
                                  args.mask_ratio, common.random_state(*place, "masks"))  # (2, b, h, w)
-            hidden, masks = (x.to(device, non_blocking=True) for x in (masks.flatten().nonzero()[:, 0], masks))
+            read = masks.flatten().nonzero()[:, 0].to(device, non_blocking=True) if balance else None
+            masks = masks.flatten(0, 1).to(device, non_blocking=True)  # (2b, h, w)
             branches = common.drop_path(model.student.backbone, args.drop_path, len(views), batch_size,
                                         common.random_state(*place, "drop path"))
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                raws, patches = encode_crops(model.student, crops, masks.flatten(0, 1), model.mask_token, branches)
+                raws, patches = encode_crops(model.student, crops, masks, model.mask_token, branches, read)
                 with torch.no_grad():  # no gradient to the teacher, which sees the global crops alone, and whole
-                    raws_t, patches_t = encode_crops(model.teacher, crops[:2])  # (2, b, D), (2, b, S, D)
-            raw, frozen, masks = raws[0].float(), epoch < args.freeze_last_layer, masks.flatten(2)  # masks (2, b, S)
+                    raws_t, patches_t = encode_crops(model.teacher, crops[:2], read=read)  # (2, b, D), (2, b, S, D)
+            raw, frozen, masks = raws[0].float(), epoch < args.freeze_last_layer, masks.view(patches.shape[:3])
             s, s_patch = (model.student.logits(x.float(), frozen) for x in (raws, patches))  # (V, b, P), (2, b, S, P)
             t, t_patch = (model.teacher.logits(x.float()) for x in (raws_t, patches_t))  # (2, b, P), (2, b, S, P)
 
             # ---- [method] base loss
-            balance = args.centering == "sinkhorn"
-            center = balancing_center(t, temperature) if balance else model.center
-            patch_center = balancing_center(t_patch.flatten(0, 2)[hidden], temperature) if balance else model.patch_center
-            losses = {"dino": dino_loss(s, t, center, args.temperature, temperature),
-                      "patch": args.patch_weight * patch_loss(s_patch, t_patch, masks, patch_center, args.temperature,
-                                                              temperature)}
+            c = balancing_center(t, temperature) if balance else model.center
+            c_patch = balancing_center(t_patch.flatten(0, 2)[read], temperature) if balance else model.patch_center
+            patch = patch_loss(s_patch, t_patch, masks, c_patch, args.temperature, temperature)
+            losses = {"dino": dino_loss(s, t, c, args.temperature, temperature), "patch": args.patch_weight * patch}
             watched = {"feature_std": plumbing.feature_std(F.normalize(raw, dim=1)),
-                       **plumbing.use_of_outputs(F.softmax((t - center) / temperature, dim=-1), model.chosen, now,
+                       **plumbing.use_of_outputs(F.softmax((t - c) / temperature, dim=-1), model.chosen, now,
                                                  steps_per_epoch)}
             model.center.copy_(moved_center(model.center, t, args.center_momentum))
             model.patch_center.copy_(moved_center(model.patch_center, t_patch, args.center_momentum))

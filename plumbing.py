@@ -274,7 +274,7 @@ def average_gradients(parameters):
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
-    """Batch norm over the rows of all ranks, equally many each: torch's, which wants a GPU, and ours elsewhere."""
+    """Batch norm over the rows of all ranks, as many as each has: torch's, which wants a GPU, and ours elsewhere."""
 
     process_group = None  # everyone
 
@@ -282,9 +282,9 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         if x.device.type == "cuda" or not self.training or processes() == 1:
             return super().forward(x)
         wide, over = x.to(torch.promote_types(x.dtype, torch.float32)), [0, *range(2, x.ndim)]
-        mean = differentiable_sum(wide.mean(over, keepdim=True)) / processes()  # (1, C, 1, ...)
-        var = differentiable_sum((wide - mean).pow(2).mean(over, keepdim=True)) / processes()
-        count = x.numel() / x.shape[1] * processes()
+        count = all_reduce_sum(x.new_full((), x.numel() / x.shape[1], dtype=torch.float32))
+        mean = differentiable_sum(wide.sum(over, keepdim=True)) / count  # (1, C, 1, ...)
+        var = differentiable_sum((wide - mean).pow(2).sum(over, keepdim=True)) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.flatten(), self.momentum)

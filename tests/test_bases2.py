@@ -485,6 +485,17 @@ def slow_dino_loss(student, teacher, center, student_temperature, teacher_temper
     return total / student.shape[1] / len(pairs)
 
 
+def test_patches_that_are_not_read_give_zeros():
+    """`read` names patches in the order of the masks; the others' projections are 0, class tokens stay as they are."""
+    torch.manual_seed(0)
+    encoder = hirl_ibot.Encoder(*common.backbone("vit-4-32-1", "7x7", 8), "mlp", 24, 16, 20, False, 0.1)
+    crops, masks = [random(3, 3, 8, 8, seed=i).float() for i in range(3)], torch.rand(2, 3, 4) < 0.4
+    raws, patches = hirl_ibot.encode_crops(encoder, crops)
+    some, read = hirl_ibot.encode_crops(encoder, crops, read=masks.flatten().nonzero()[:, 0])
+    assert_close(some, raws)
+    assert_close(read, patches * masks[..., None])
+
+
 def slow_patch_loss(student, teacher, masks, center, student_temperature, teacher_temperature):
     total, crops, images = 0.0, *masks.shape[:2]
     for i in range(crops):
@@ -824,7 +835,8 @@ def test_the_loop_reads_as_the_papers_say(script, centering, tmp_path, pictures)
             if epoch == 1:
                 terms["path"] = path_term(place, index, [head(raws[0][:, 0]) for head in heads], tree)
             center = 0.9 * center + 0.1 * torch.stack(logit_t)[:, :, 0].mean(dim=(0, 1))
-            patch_center = 0.9 * patch_center + 0.1 * torch.stack(logit_t)[:, :, 1:].mean(dim=(0, 1, 2))
+            read = masks.flatten(2)[..., None] if centering == "sinkhorn" else 1  # balancing reads masked ones alone
+            patch_center = 0.9 * patch_center + 0.1 * (torch.stack(logit_t)[:, :, 1:] * read).mean(dim=(0, 1, 2))
             found = torch.autograd.grad(sum(terms.values()), trained, allow_unused=True)
             for group, gradient in zip(optimizer.param_groups, found):
                 p = group["params"][0]

@@ -303,6 +303,25 @@ def test_sync_batch_norm_keeps_a_frozen_network_frozen(tmp_path):
     assert not any(in_ranks(frozen_after_synchronising, tmp_path)[0])
 
 
+def norm_of_unequal_rows():
+    """Of 9 rows, rank 0 has 3: outputs, gradients of the sum over all, statistics."""
+    norm = plumbing.sync_batch_norm(nn.Sequential(nn.BatchNorm1d(5))).double()
+    x, weight = torch.randn(2, 9, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    mine = slice(9) if common.processes() == 1 else slice(3) if common.rank() == 0 else slice(3, 9)
+    own = x[mine].clone().requires_grad_()
+    y = norm(own)
+    (y * weight[mine]).sum().backward()
+    return dict(rows=torch.cat([y.detach(), own.grad], dim=1), state=norm.state_dict())
+
+
+def test_sync_batch_norm_of_unequal_rows_equals_batch_norm_on_one(tmp_path):
+    """iBOT's masked patches: as many as each rank's masks have."""
+    one, ranks = norm_of_unequal_rows(), in_ranks(norm_of_unequal_rows, tmp_path)
+    assert_close(torch.cat([rank["rows"] for rank in ranks]), one["rows"])
+    for rank in ranks:
+        assert_close(rank["state"], one["state"])
+
+
 def test_sync_batch_norm_on_two_ranks_equals_batch_norm_on_one(tmp_path):
     one, (first, second) = train_norm_network(), in_ranks(train_norm_network, tmp_path)
     for name, dim in (("outputs", 1), ("inputs", 1), ("eval", 0)):
