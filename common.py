@@ -321,8 +321,10 @@ def ahead(function, items, threads=1):
 
     What the function raises is raised here. The threads end with the generator, also one that is left half-way.
     """
-    pool = ThreadPoolExecutor(max(1, threads), initializer=torch.set_num_threads, initargs=(1,))  # each its own core
-    with pool:
+    if not threads:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:  # a core each
         coming = deque()
         for item in items:
             coming.append(pool.submit(function, item))
@@ -361,7 +363,8 @@ def batches(images, batch_size, augmentations, *, seed, epoch, start=0, device="
 
     Everything random is drawn on the CPU for the global batch from (seed, epoch, step), and a rank uses its slice: an
     epoch can start at any step, and G ranks see exactly what one process would. With images.partner, as many views of
-    each image's partner follow; the images' own stay the same. A thread makes the next batch while one is used.
+    each image's partner follow; the images' own stay the same. A thread makes the next batch while one is used, where
+    that leaves it a core.
     """
     order, mine = torch.randperm(len(images), generator=random_state(seed, epoch)), local_rows(batch_size)
 
@@ -374,7 +377,8 @@ def batches(images, batch_size, augmentations, *, seed, epoch, start=0, device="
             made.append(make_views(images, own[mine], planned, device, workers))
         return step, made[0][0], [view for _, views in made for view in views]
 
-    yield from ahead(batch, range(start, len(images) // batch_size))
+    spare = images.pixels is None or torch.device(device).type != "cpu" or torch.get_num_threads() < os.cpu_count()
+    yield from ahead(batch, range(start, len(images) // batch_size), threads=int(spare))
     images.agree()
 
 

@@ -203,6 +203,15 @@ COSTS = [  # log in results/, numbers in it, what they are, how they are said
      "{}; {}"),
     ("bench_pipeline_cifar.txt", r"on a fixed batch +(\S+)(?s:.*)with / without hierarchy +(\S+)",
      "the same for ResNet-18 on CIFAR-100", "{}; {}"),
+    ("bench_peers.txt", r"(?s:tiny 3x3s2:.*?torchvision +\S+ +\S+ +\S+ +(\S+) x.*?lightly +\S+ +\S+ +\S+ +(\S+) x.*?"
+     r"resnet18 7x7:.*?torchvision +\S+ +\S+ +\S+ +(\S+) x.*?lightly +\S+ +\S+ +\S+ +(\S+) x)",
+     "MoCo v2's images/s on CIFAR-100's files, B 128, the same network, pictures and views: over a plain loop of "
+     "torchvision and a DataLoader, and over lightly; the small network, then ResNet-18 with the 7x7 stem",
+     "{}x, {}x; {}x, {}x"),
+    ("bench_peers.txt", r"(?s:bare step +\S+ +\S+ +\S+ +(\S+) x.*resnet18 7x7:.*bare step +\S+ +\S+ +\S+ +(\S+) x)",
+     "the same over the bare step, without any work on pictures", "{}x; {}x"),
+    ("bench_peers.txt", r"PIL recipe +\S+ +(\S+) x",
+     "views of 224 px from JPEGs a CPU second, decoded and rendered on the CPU, over the PIL recipe", "{}x"),
     ("bench_kmeans_cpu.txt", r"(?s:tree 1000-100-10.*?ours +\S+ +(\S+).*tree 3000-2000-1000.*?ours +\S+ +(\S+))",
      "trees 1000-100-10 and 3000-2000-1000 of 50,000 x 128: time over faiss's (niter 20, nredo 5)", "{}; {}"),
 ]
