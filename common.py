@@ -363,8 +363,7 @@ def batches(images, batch_size, augmentations, *, seed, epoch, start=0, device="
 
     Everything random is drawn on the CPU for the global batch from (seed, epoch, step), and a rank uses its slice: an
     epoch can start at any step, and G ranks see exactly what one process would. With images.partner, as many views of
-    each image's partner follow; the images' own stay the same. A thread makes the next batch while one is used, where
-    that leaves it a core.
+    each image's partner follow; the images' own stay the same. A thread makes the next batch if a core is free.
     """
     order, mine = torch.randperm(len(images), generator=random_state(seed, epoch)), local_rows(batch_size)
 
