@@ -34,7 +34,8 @@ Differs from paper or released code
                 but the training script never reads that file and has it off by default. --local-selection: on
   prototype     as released: an image's own is k-means' and its ancestors, not the most similar at each level (H8);
                 phi above level 0 is over child prototypes, not images (H9), all phi with PCL's clip and scale (H10)
-  lr, presets   cosine per step, per epoch in the release; presets below ImageNet change as in hirl_moco.py
+  lr, presets   cosine per step, per epoch in the release; presets below ImageNet change as in hirl_moco.py; textures
+                have HIRL's 30, 10, 1 clusters a class: with HCSC's 3, 2, 1 (--clusters 81 54 27) leaves suffer
 
 In the log  moco without a tree; with it instance and prototype, of small crops _local; dropped_l, what draws leave out.
             chance_level_loss is moco's; instance's, as in the paper, is the mean over l of ln(1 + Q (1 - dropped_l))
@@ -57,7 +58,7 @@ import plumbing
 # ---- [method] presets: one column a data scale, chosen by --data, printed at start
 PRESETS = {
     "textures": dict(arch="tiny", stem="3x3s2", projector="mlp-bn", image_size=32, epochs=20, batch_size=64,
-                     base_lr=0.6, weight_decay=5e-4, ema_momentum=0.6, queue_size=256, clusters=[108, 27, 9],
+                     base_lr=0.6, weight_decay=5e-4, ema_momentum=0.6, queue_size=256, clusters=[810, 270, 27],
                      warmup_epochs=8, bn="sync"),
     "cifar": dict(arch="resnet18", stem="3x3", projector="mlp-bn", image_size=32, epochs=200, batch_size=512,
                   base_lr=0.06, weight_decay=5e-4, ema_momentum=0.99, queue_size=4096, clusters=[1000, 200, 40],

@@ -53,7 +53,7 @@ import plumbing
 # ---- [method] presets: one column a data scale, chosen by --data, printed at start
 PRESETS = {
     "textures": dict(arch="tiny", stem="3x3s2", projector="mlp-bn", image_size=32, epochs=20, batch_size=64,
-                     base_lr=0.6, weight_decay=5e-4, ema_momentum=0.6, queue_size=256, clusters=[108, 27, 9],
+                     base_lr=0.6, weight_decay=5e-4, ema_momentum=0.6, queue_size=256, clusters=[810, 270, 27],
                      warmup_epochs=8, negative_paths=100, bn="sync"),
     "cifar": dict(arch="resnet18", stem="3x3", projector="mlp-bn", image_size=32, epochs=200, batch_size=512,
                   base_lr=0.06, weight_decay=5e-4, ema_momentum=0.99, queue_size=4096, clusters=[1000, 200, 40],

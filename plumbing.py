@@ -220,16 +220,16 @@ def fit(name, args, at_most, what="pictures"):
 
 
 def fit_clusters(args, pictures):
-    """--clusters as a strictly falling list, [] for none; a preset shrinks to 20 pictures a cluster."""
+    """--clusters as a strictly falling list, [] for none; a preset shrinks to 6 pictures a cluster."""
     clusters = [] if args.clusters == [0] else args.clusters
     finest, asked = max(clusters, default=0), "--clusters" in args.argv
     if clusters != sorted({*clusters}, reverse=True) or min(clusters, default=2) < 2:  # one cluster tells nothing apart
         raise Stop(f"--clusters {clusters} must be at least 2 and fall from level to level, finest first, or be 0")
     if asked and finest > pictures:
         raise Stop(f"--clusters {finest} is above the {pictures} pictures of {args.data}: give at most {pictures}")
-    if not asked and finest > pictures / 20:
-        clusters = sorted({max(2, round(k / finest * pictures / 20)) for k in clusters}, reverse=True)
-        say(f"--clusters reduced from the preset's {args.clusters} to {clusters}, 20 pictures a cluster")
+    if not asked and finest > pictures / 6:
+        clusters = sorted({max(2, round(k / finest * pictures / 6)) for k in clusters}, reverse=True)
+        say(f"--clusters reduced from the preset's {args.clusters} to {clusters}, 6 pictures a cluster")
     return clusters
 
 

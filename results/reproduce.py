@@ -69,15 +69,15 @@ default 1 hirl_ibot.py
 
 textures 5 hirl_moco.py --clusters 0
 textures 5 hirl_moco.py --clusters 810 270 27
+textures 5 hcsc.py --clusters 810 270 27
 textures 5 hcsc.py --clusters 81 54 27
+textures 5 hcsc.py --clusters 810 270 27 --release
 textures 5 hirl_moco.py --clusters 108 27 9
-textures 5 hcsc.py --clusters 81 54 27 --release
-textures 5 hcsc.py --clusters 81 54 27 --prototype-weight 0.2
 
 validation 3 hirl_moco.py --clusters 0
 validation 3 hirl_moco.py --clusters 810 270 27
-validation 3 hcsc.py --clusters 81 54 27
 validation 3 hcsc.py --clusters 810 270 27
+validation 3 hcsc.py --clusters 81 54 27
 validation 3 hcsc.py --clusters 81 54 27 --prototype-weight 0.2
 validation 3 hcsc.py --clusters 81 54 27 --prototype-weight 0
 validation 3 hcsc.py --clusters 81 54 27 --no-instance-selection
@@ -170,7 +170,7 @@ TABLES = {  # a study and its columns, heading: measure
                     "difference knn 1", "minutes": "minutes"}),
 }
 PICTURE = ("textures", {"hirl_moco.py --clusters 0": "#777777", "hirl_moco.py --clusters 810 270 27": "#0072b2",
-                        "hcsc.py --clusters 81 54 27": "#d55e00"},
+                        "hcsc.py --clusters 810 270 27": "#d55e00"},
            {"9 kinds": 1, "27 leaves": 2})  # a study, the colours of its lines, a panel a label depth
 FILES = {  # in reading order
     "hirl_moco.py": "MoCo v2 + HIRL, the method from arguments to last line: read it first",
