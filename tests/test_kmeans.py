@@ -1,11 +1,7 @@
 """K-means and hierarchy: against loops, at their edges, under every type and sharding."""
-import hashlib
-import itertools
 import math
-import re
 import subprocess
 import sys
-import typing
 import warnings
 from pathlib import Path
 
@@ -90,18 +86,6 @@ def test_concentration_of_equal_items_is_above_zero():
     assert_close(phi.mean().item(), 0.2)
     nothing = concentration(torch.zeros(3), torch.tensor([2, 1, 0]), 0.2)
     assert_close(nothing, torch.full((3,), 0.2))
-
-
-def test_kmeans_can_be_lifted():
-    """The collectives and the k-means block, pasted alone into a file that imports torch, give the same clusters."""
-    text = (ROOT / "common.py").read_text()
-    namespace = {"torch": torch, "F": F, "math": math, "warnings": warnings, "dist": torch.distributed,
-                 "NamedTuple": typing.NamedTuple, "Tensor": torch.Tensor, "itertools": itertools, "hashlib": hashlib}
-    for title in ("ranks: nothing happens at world size 1", "k-means and hierarchy"):
-        exec(re.search(f"^# ---- {title}\n(.*?)^# ---- ", text, re.M | re.S)[1], namespace)
-    x = unit(200, 4)
-    for ours, theirs in zip(namespace["kmeans"](x, 9), kmeans(x, 9)):
-        assert torch.equal(ours, theirs)
 
 
 def test_kmeans_equals_slow_lloyd_with_blocks_of_ids():
