@@ -482,6 +482,7 @@ class Run:
         knn = {"raw pixels": self.log[0].get("knn_pixels"), "untrained network": self.log[0]["knn"],
                "trained network": self.log[-1]["knn"]}
         if knn["trained network"]:
+            knn = {name: values for name, values in knn.items() if values}  # no raw pixels where that takes minutes
             say("\n" + f"{'kNN accuracy (%)':20}" + "".join(f"{len(c):>7} classes" for c in self.train.class_names))
             for name, values in knn.items():
                 say(f"{name:20}" + "".join(f"{value:15.1f}" for value in values))

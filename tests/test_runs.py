@@ -586,6 +586,17 @@ runpy.run_path({str(ROOT / "hirl_moco.py")!r}, run_name="__main__")
     assert log(tmp_path / "run")[-1]["peak_memory_gib"] is None
 
 
+def test_the_last_lines_without_an_accuracy_of_raw_pixels(tmp_path, monkeypatch, capsys):
+    """They are left out where 50,000 pictures or more would take minutes."""
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    done = plumbing.Run(hirl_moco.parse_args(["--out", str(tmp_path / "run")]))
+    done.train = common.Images(["a"], torch.zeros(1, 1, dtype=torch.long), [["x"]])
+    done.log = [dict(epoch=0, knn=[20.0], knn_pixels=None), dict(epoch=1, knn=[60.0])]
+    done.verdict()
+    printed = capsys.readouterr().out
+    assert "raw pixels" not in printed and "trained network               60.0" in printed and "0.50x" in printed
+
+
 def test_a_second_ctrl_c_ends_a_process_at_once(tmp_path, monkeypatch):
     """The first one, and any SIGTERM, waits for the end of a step; while data is read there is none."""
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
