@@ -35,7 +35,7 @@ Differs from paper or released code
   prototype     as released: an image's own is k-means' and its ancestors, not the most similar at each level (H8);
                 phi above level 0 is over child prototypes, not images (H9), all phi with PCL's clip and scale (H10)
   lr, presets   cosine per step, per epoch in the release; presets below ImageNet change as in hirl_moco.py; textures
-                have HIRL's 30, 10, 1 clusters a class: with HCSC's 3, 2, 1 (--clusters 81 54 27) leaves suffer
+                have HIRL's 30, 10, 1 clusters a class: HCSC's 3, 2, 1 (--clusters 81 54 27) lost leaves, one seed
 
 In the log  moco without a tree; with it instance and prototype, of small crops _local; dropped_l, what draws leave out.
             chance_level_loss is moco's; instance's, as in the paper, is the mean over l of ln(1 + Q (1 - dropped_l))
