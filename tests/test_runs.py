@@ -586,6 +586,16 @@ runpy.run_path({str(ROOT / "hirl_moco.py")!r}, run_name="__main__")
     assert log(tmp_path / "run")[-1]["peak_memory_gib"] is None
 
 
+def test_a_preset_s_tree_shrinks_to_six_pictures_a_cluster(capsys):
+    """Level by level alike, and said; what the command line asks for is obeyed, and refused above the pictures."""
+    preset, asked = (hirl_moco.parse_args(argv) for argv in ([], ["--clusters", "810", "270", "27"]))
+    assert plumbing.fit_clusters(preset, 5400) == [810, 270, 27] and not capsys.readouterr().out
+    assert plumbing.fit_clusters(preset, 600) == [100, 33, 3] and "reduced" in capsys.readouterr().out
+    assert plumbing.fit_clusters(asked, 810) == [810, 270, 27]
+    with pytest.raises(common.Stop, match="give at most 809"):
+        plumbing.fit_clusters(asked, 809)
+
+
 def test_the_last_lines_without_an_accuracy_of_raw_pixels(tmp_path, monkeypatch, capsys):
     """They are left out where 50,000 pictures or more would take minutes."""
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
