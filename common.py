@@ -90,7 +90,7 @@ def all_gather_rows(tensor, equal=False):
     """Rows of all ranks in rank order; gradients flow back to the rank that holds the row.
 
     equal: as many rows from each, so that none has to ask. A loss of all rows, computed alike on every rank, comes back
-    as `size` times its gradient: what `average_gradients` divides by `size` again, so that G ranks train as one would.
+    as `size` times its gradient: what `plumbing.average` divides by `size` again, so that G ranks train as one would.
     """
     if processes() == 1:
         return tensor

@@ -183,6 +183,18 @@ class DINO(nn.Module):
         for p_t, p_s in zip(self.teacher.parameters(), self.student.parameters()):
             p_t.lerp_(p_s, 1 - ema_momentum)
 
+    @torch.no_grad()
+    def in_use(self, p, now, steps):
+        """For the log: mean entropy of targets p (2, b, P), entropy of their mean, outputs that were one's largest
+        within the last `steps` steps. In nats, over all processes; both near ln P: all is uniform; that of the mean
+        small: few outputs are in use.
+        """
+        p = p.flatten(0, -2)
+        mean = common.all_reduce_sum(p.mean(dim=0)) / common.processes()  # (P,)
+        self.chosen[common.all_gather_rows(p.argmax(dim=1), equal=True)] = now
+        return {"entropy": torch.special.entr(p).sum(dim=1).mean(), "entropy_of_mean": torch.special.entr(mean).sum(),
+                "prototypes_in_use": (self.chosen > now - steps).sum().float()}
+
 
 # ---- [method] crops
 def encode_crops(backbone, projector, crops, branches=None):
@@ -349,8 +361,7 @@ def main(args):
             center = model.center if args.centering == "mean" else balancing_center(t, temperature)
             losses = {"dino": dino_loss(s, t, center, args.temperature, temperature)}
             watched = {"feature_std": plumbing.feature_std(F.normalize(raw, dim=1)),
-                       **plumbing.use_of_outputs(F.softmax((t - center) / temperature, dim=-1), model.chosen, now,
-                                                 steps_per_epoch)}
+                       **model.in_use(F.softmax((t - center) / temperature, dim=-1), now, steps_per_epoch)}
             model.center.copy_(moved_center(model.center, t, args.center_momentum))
 
             # ---- [shared: hirl] path loss
@@ -364,7 +375,7 @@ def main(args):
             # ---- [shared] step
             optimizer.zero_grad()
             sum(losses.values()).backward()
-            plumbing.average_gradients(model.parameters())
+            plumbing.average(p.grad for p in model.parameters())
             optimizer.step()
 
             # ---- [shared: dino] teacher

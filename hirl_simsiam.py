@@ -243,7 +243,7 @@ def main(args):
             # ---- [shared] step
             optimizer.zero_grad()
             sum(losses.values()).backward()
-            plumbing.average_gradients(model.parameters())
+            plumbing.average(p.grad for p in model.parameters())
             optimizer.step()
 
             # ---- [shared: tree] log

@@ -268,11 +268,6 @@ def average(tensors):
             t.copy_(part.view_as(t))
 
 
-def average_gradients(parameters):
-    """Mean over ranks of every gradient."""
-    average(p.grad for p in parameters)
-
-
 class SyncBatchNorm(nn.SyncBatchNorm):
     """Batch norm over the rows of all ranks, as many as each has: torch's, which wants a GPU, and ours elsewhere."""
 
@@ -592,20 +587,6 @@ def peak_memory():
 def feature_std(embedding):
     """Spread of the unit rows of all ranks' (b, D): 1 where they point everywhere, 0 where all point one way."""
     return all_gather_rows(embedding.detach(), equal=True).std(dim=0).mean() * embedding.shape[1] ** 0.5
-
-
-@torch.no_grad()
-def use_of_outputs(p, chosen, now, steps):
-    """For the log: mean entropy of targets p (..., P), entropy of their mean, outputs that were one's largest lately.
-
-    In nats, over all ranks. Both near ln P: all is uniform; that of the mean small: few outputs are in use.
-    chosen (P,) int64, the step an output last was the largest, is updated at step `now`; the last `steps` count.
-    """
-    p = p.flatten(0, -2)
-    mean = all_reduce_sum(p.mean(dim=0)) / processes()  # (P,)
-    chosen[all_gather_rows(p.argmax(dim=1), equal=True)] = now
-    return {"entropy": torch.special.entr(p).sum(dim=1).mean(), "entropy_of_mean": torch.special.entr(mean).sum(),
-            "prototypes_in_use": (chosen > now - steps).sum().float()}
 
 
 def say(line):

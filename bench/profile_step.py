@@ -39,7 +39,7 @@ PARTS = {  # row: functions, of the script where no module is named; an encoder 
     "cutmix": ["cutmix"],
     "backward": ["torch.Tensor.backward"],
     "optimizer": ["torch.optim.SGD.step", "torch.optim.SGD.zero_grad", "plumbing.set_lr", "larc",
-                  "plumbing.average_gradients"],
+                  "plumbing.average"],
     "queue": ["MoCo.enqueue"],
     "log": ["plumbing.Run.end_step", "plumbing.feature_std"],
     BESIDE: ["common.draw_view", "common.render_view"],

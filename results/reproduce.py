@@ -4,12 +4,15 @@
     python results/reproduce.py                         # run what is missing, in the order below, then the tables
     python results/reproduce.py --only 'textures/*-[0-2]' --jobs 2 --dry-run
     python results/reproduce.py --tables                # run nothing: tables and picture anew from the logs
+    python results/reproduce.py --compare               # does today's code log what the code behind the logs did?
     python results/reproduce.py --check                 # exit 1, and say where, if one is not what its logs give
 
 Each run has one thread and low priority; Ctrl-C stops, the next call goes on from there. What a run leaves in
 runs/STUDY/RUN-SEED-CODE/ is evaluated by eval_linear.py; its config, log and evaluation, and run.json (command, code,
 CPU seconds), come to results/STUDY/RUN-SEED/. CODE is a hash of the script, common.py, plumbing.py and textures.py
-without comments and docstrings; where a log's is not today's, its row of a table says "earlier code".
+without comments and docstrings; where a log's is not today's, its row of a table says "earlier code". It says "earlier
+code, same figures" where both codes logged the same digits in three epochs of that row's arguments on textures, a tree
+from the second on, one thread: each run adds its code's digits to results/figures.json, --compare adds today's.
 
 In the tables: mean ± standard deviation over the seeds. Differences are paired, seed by seed, to the plain method, with
 the 95 % interval of Student's t; "helps" or "hurts" stands only where that excludes 0.
@@ -28,6 +31,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import tokenize
 from concurrent.futures import ThreadPoolExecutor
@@ -280,13 +285,48 @@ def read(run):
     return Log(about, rows, json.loads(path.read_text())["results"] if path.exists() else {})
 
 
-def is_earlier(run, log):
-    return log.run["code"] != code_version(run.command.split()[0])
+SHORT = "--epochs 3 --warmup-epochs 1 --eval-every 3"
+AGES = "earlier code", "earlier code, same figures"  # the worse first
+TIMINGS = {"images_per_s", "data_wait", "peak_memory_gib"}
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def known_figures():
+    """{study and command: {code: digest of what SHORT logs}}."""
+    path = ROOT / "results" / "figures.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def add_figures(run):
+    """Run today's code on SHORT and keep the digest of its log's figures, unless it is known."""
+    command, code = f"{run.study} {run.command}", code_version(run.command.split()[0])
+    if code in known_figures().get(command, {}):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = run._replace(seed=0).arguments.format(cifar100="textures --preset cifar").split()
+        subprocess.run([sys.executable, *arguments, *SHORT.split(), "--out", f"{folder}/run"], cwd=ROOT, check=True,
+                       capture_output=True, env=ONE_THREAD)
+        rows = [json.loads(line) for line in Path(folder, "run/log.jsonl").read_text().splitlines()]
+    figures = repr([{name: row[name] for name in sorted(row.keys() - TIMINGS)} for row in rows])
+    with writing:
+        known = known_figures()
+        known.setdefault(command, {})[code] = hashlib.blake2b(figures.encode(), digest_size=4).hexdigest()
+        (ROOT / "results" / "figures.json").write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+
+
+def age(run, log):
+    """What a table says of a log's code: nothing of today's."""
+    code, figures = code_version(run.command.split()[0]), known_figures().get(f"{run.study} {run.command}", {})
+    if log.run["code"] == code:
+        return ""
+    return AGES[code in figures and figures[code] == figures.get(log.run["code"])]
 
 
 # ---- running
 
 running = set()  # processes
+writing = threading.Lock()  # of results/figures.json
+
 
 def execute(command, folder):
     """Run a script, its output to FOLDER.out; its time, and that of its earlier tries, is added up in FOLDER.time.
@@ -295,8 +335,7 @@ def execute(command, folder):
     """
     begun, path = time.perf_counter(), folder.with_name(folder.name + ".time")
     with open(folder.with_name(folder.name + ".out"), "a") as out:
-        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=out, stderr=out,
-                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=out, stderr=out, env=ONE_THREAD)
         running.add(process)
         _, status, usage = os.wait4(process.pid, 0)
         running.discard(process)
@@ -322,6 +361,8 @@ def perform(run, args):
         if evaluation:
             (folder / "eval.json").unlink(missing_ok=True)
             execute(["eval_linear.py", "--run", out, *evaluation.split()], folder.with_name(folder.name + "-eval"))
+        if run.study != "gpu":
+            add_figures(run)
     except subprocess.CalledProcessError as error:
         print(f"{run.id}: ended with code {error.returncode}, the last lines of {out}*.out say why", flush=True)
         return False
@@ -365,7 +406,8 @@ def settings(study):
             log = read(run)
             logs.setdefault(run.command, {}).update({run.seed: log} if log else {})
             found[run.command] = run
-    return {command: Setting(f"`{command}`", any(is_earlier(run, log) for log in logs[command].values()),
+    ages = {command: {age(run, log) for log in logs[command].values()} for command, run in found.items()}
+    return {command: Setting(f"`{command}`", next((said for said in AGES if said in ages[command]), ""),
                              {} if run.plain == command else logs[run.plain], logs[command])
             for command, run in found.items()}
 
@@ -410,7 +452,9 @@ def parse_args():
     p.add_argument("--renew", action="store_true", help="also run anew what earlier code has made")
     p.add_argument("--cifar100", default="cifar100", help="--data of those runs: a folder, or torchvision's")
     for name, what in (("list", "the runs and their state"), ("dry-run", "the commands of what would be run"),
-                       ("tables", "write tables and picture, run nothing"), ("check", "compare them, write nothing")):
+                       ("tables", "write tables and picture, run nothing"),
+                       ("compare", "find out which logs of earlier code today's would repeat"),
+                       ("check", "compare tables and logs, write nothing")):
         p.add_argument(f"--{name}", action="store_true", help=what)
     return p.parse_args()
 
@@ -422,15 +466,18 @@ def main():
         print("\n".join(wrong) or "every table and number is what its logs give")
         sys.exit(bool(wrong))
     chosen = [(run, read(run)) for run in all_runs() if fnmatch.fnmatch(run.id, args.only)]
-    missing = [run for run, log in chosen if not log or args.renew and is_earlier(run, log)]
+    missing = [run for run, log in chosen if not log or args.renew and age(run, log)]
     if args.list:
         for run, log in chosen:
-            state = "missing" if not log else "earlier code" if is_earlier(run, log) else "done"
-            print(f"{state:13} {run.id:35} {run.arguments}")
+            print(f"{age(run, log) or 'done' if log else 'missing':27} {run.id:35} {run.arguments}")
     elif args.dry_run:
         print("\n".join(f"python {run.arguments.format(cifar100=args.cifar100)}" for run in missing))
     else:
-        well = args.tables or perform_all(missing, args)
+        if args.compare:
+            with ThreadPoolExecutor(args.jobs) as pool:
+                first = {(run.study, run.command): run for run, log in chosen if log and age(run, log)}
+                list(pool.map(add_figures, first.values()))
+        well = args.tables or args.compare or perform_all(missing, args)
         write()
         sys.exit(not well)
 

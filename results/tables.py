@@ -1,7 +1,7 @@
 """Tables, picture and checks of reproduce.py: logs in, text out. Nothing here knows which runs there are.
 
-A *setting* is one row of a table: its label, whether a log of it is of earlier code, the logs of the plain method it is
-compared with, and its own, both as seed -> Log.
+A *setting* is one row of a table: its label, what is to be said of the age of its logs' code, the logs of the plain
+method it is compared with, and its own, both as seed -> Log.
 """
 
 import re
@@ -44,7 +44,7 @@ class Setting(NamedTuple):
     """A row of a table."""
 
     label: str
-    earlier: bool
+    age: str
     plain: dict
     logs: dict
 
@@ -100,7 +100,7 @@ def study_table(settings, columns):
     """columns: heading -> measure. What has no log is "not run"."""
     lines = [["", "seeds", *columns], ["---"] * (len(columns) + 2)]
     for setting in settings:
-        label = setting.label + " (earlier code)" * setting.earlier
+        label = setting.label + f" ({setting.age})" * bool(setting.age)
         cells = [cell(setting, what) if setting.logs else "" for what in columns.values()]
         lines.append([label, str(len(setting.logs) or "not run"), *cells])
     return markdown(lines)
@@ -116,7 +116,7 @@ def verdict(setting):
     lines = [f"    {'kNN accuracy (%)':20}" + "".join(f"{n:>7} classes" for n in (3, 9, 27))]
     lines += [f"    {name:20}" + "".join(f"{value:15.1f}" for value in row) for name, row in values.items()]
     lines.append(f"    {'error, of before':20}" + "".join(f"{share:14.2f}x" for share in log.errors()))
-    return "\n".join(lines + ["", "(earlier code)"] * setting.earlier)
+    return "\n".join(lines + ["", f"({setting.age})"] * bool(setting.age))
 
 
 def cost_table(costs, folder):

@@ -78,15 +78,13 @@ def play(script, argv, folder, label, environment, stop_at, file_limit, poison, 
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
     plumbing.TIMEOUT = timedelta(seconds=timeout)
-    steps, end_step, average = itertools.count(1), plumbing.Run.end_step, plumbing.average_gradients
+    steps, end_step = itertools.count(1), plumbing.Run.end_step
     if poison:
-        def poisoned(parameters):
-            gradients = [p.grad for p in parameters if p.grad is not None]
+        def poisoned(optimizer, *_):
             if next(steps) == poison:
-                gradients[0].fill_(math.nan)
-            average(parameters)
+                next(p.grad for p in optimizer.param_groups[0]["params"] if p.grad is not None).fill_(math.nan)
 
-        plumbing.average_gradients = poisoned
+        torch.optim.optimizer.register_optimizer_step_pre_hook(poisoned)
     if stop_at:
 
         def stopped(run, *how):

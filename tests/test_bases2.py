@@ -7,6 +7,7 @@ test_runs.py and test_ranks.py.
 
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,6 @@ import hirl_dino
 import hirl_ibot
 import hirl_mocov3
 import hirl_swav
-import plumbing
 from test_losses import EXACT, SINGLE
 
 BOTH = pytest.mark.parametrize("script", (hirl_dino, hirl_ibot), ids=lambda script: script.__name__)
@@ -609,15 +609,16 @@ def test_gradients_are_clipped_one_by_one(script):
     assert_close(long.grad.tolist(), [0.6, 0.8], rtol=1e-6, atol=0)
 
 
-def test_use_of_outputs_by_hand():
+@BOTH
+def test_use_of_outputs_by_hand(script):
     """Four targets on two of four outputs: each certain, their mean ln 2; uniform ones: both ln 4."""
-    chosen, certain = torch.full((4,), -2**40), torch.eye(4)[[1, 1, 3, 3]].view(2, 2, 4)
-    found = plumbing.use_of_outputs(certain, chosen, now=7, steps=2)
+    model, certain = SimpleNamespace(chosen=torch.full((4,), -2**40)), torch.eye(4)[[1, 1, 3, 3]].view(2, 2, 4)
+    found = script.DINO.in_use(model, certain, now=7, steps=2)
     assert_close([v.item() for v in found.values()], [0.0, math.log(2), 2.0])
-    assert chosen.tolist() == [-2**40, 7, -2**40, 7]
-    found = plumbing.use_of_outputs(torch.full((3, 4), 0.25), chosen, now=8, steps=2)
+    assert model.chosen.tolist() == [-2**40, 7, -2**40, 7]
+    found = script.DINO.in_use(model, torch.full((3, 4), 0.25), now=8, steps=2)
     assert_close([v.item() for v in found.values()], [math.log(4), math.log(4), 3.0])
-    assert plumbing.use_of_outputs(certain[:1], chosen, now=9, steps=2)["prototypes_in_use"] == 2
+    assert script.DINO.in_use(model, certain[:1], now=9, steps=2)["prototypes_in_use"] == 2
 
 
 @BOTH
@@ -738,10 +739,10 @@ def my_masks():
 def my_centres():
     teacher, center = logits(2, 6)
     mine = teacher[:, common.local_rows(6)]
-    chosen = torch.full((7,), -2**40)
-    use = plumbing.use_of_outputs(mine.softmax(dim=-1), chosen, 5, 3)
+    model = SimpleNamespace(chosen=torch.full((7,), -2**40))
+    use = hirl_dino.DINO.in_use(model, mine.softmax(dim=-1), 5, 3)
     return dict(moved=hirl_dino.moved_center(center, mine, 0.9), balanced=hirl_dino.balancing_center(mine, 0.3),
-                chosen=chosen, of_mean=use["entropy_of_mean"])
+                chosen=model.chosen, of_mean=use["entropy_of_mean"])
 
 
 def test_two_processes_mask_as_one(tmp_path):

@@ -220,7 +220,7 @@ def use_collectives():
     single = nn.Linear(2, 1)
     for p in single.parameters():
         p.grad = torch.full_like(p, 1.0 + rank)
-    plumbing.average_gradients(single.parameters())
+    plumbing.average(p.grad for p in single.parameters())
     mine = common.local_rows(7)
     keys = plumbing.make_keys(lambda x: 2 * x, torch.arange(4.0).view(2, 2) + 10 * rank, "shuffle",
                               torch.Generator().manual_seed(5))
@@ -284,7 +284,7 @@ def train_norm_network():
         own = x[step, mine].clone().requires_grad_()
         y = network(own)
         (y * weight[mine]).sum(1).mean().backward()
-        plumbing.average_gradients(network.parameters())
+        plumbing.average(p.grad for p in network.parameters())
         outputs.append(y.detach())
         gradients.append(own.grad / common.processes())
     network.eval()
@@ -347,7 +347,7 @@ def simclr_gradients():
     z1, z2 = F.normalize(network(views), dim=1).chunk(2)
     loss = hirl_simclr.nt_xent(*map(common.all_gather_rows_with_grad, (z1, z2)), 0.2)
     loss.backward()
-    plumbing.average_gradients(network.parameters())
+    plumbing.average(p.grad for p in network.parameters())
     return dict(loss=loss.detach(), grads=[p.grad for p in network.parameters()])
 
 

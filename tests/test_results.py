@@ -162,6 +162,7 @@ def test_what_was_stopped_goes_on_and_its_log_is_kept(tmp_path, monkeypatch):
 
     for name, text in {"hirl_moco.py": SCRIPT, "eval_linear.py": EVALUATION}.items():
         (tmp_path / name).write_text(text)
+    (tmp_path / "results").mkdir()
     for name in ("common.py", "plumbing.py", "textures.py"):
         (tmp_path / name).write_text("")
     monkeypatch.setattr(r, "ROOT", tmp_path)
@@ -172,12 +173,18 @@ def test_what_was_stopped_goes_on_and_its_log_is_kept(tmp_path, monkeypatch):
     assert r.read(first).measure("knn 1") == 60 and r.read(second) is None
     assert r.perform(second, args)
     log = r.read(second)
-    assert log.measure("knn 1") == 61 and log.measure("linear") == 80 and not r.is_earlier(second, log)
+    assert log.measure("knn 1") == 61 and log.measure("linear") == 80 and not r.age(second, log)
     assert log.run["cpu_seconds"] >= 0
-    assert "/somewhere" not in (tmp_path / "results" / second.id / "config.json").read_text()
-    (tmp_path / "common.py").write_text("new = True")
+    (tmp_path / "common.py").write_text("other = True")
     r.bare.cache_clear()
-    assert r.is_earlier(second, log)
+    assert r.age(second, log) == "earlier code"
+    r.add_figures(second)
+    assert r.age(second, log) == "earlier code, same figures"
+    assert "/somewhere" not in (tmp_path / "results" / second.id / "config.json").read_text()
+    (tmp_path / "hirl_moco.py").write_text(SCRIPT.replace("70", "71"))
+    r.bare.cache_clear()
+    r.add_figures(second)
+    assert r.age(second, log) == "earlier code"
 
 
 @pytest.mark.parametrize(("differences", "text"), [
