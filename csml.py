@@ -20,8 +20,7 @@ paper scale, 8 GPUs         torchrun --nproc-per-node=8 csml.py --data /imagenet
 Symbols  q, n, m queries; k, k_n keys (B, D)    queue u (Q, D)    S stages in use, the last one alone as released
          table (N, K) image -> its neighbours, nearest first      a, b weights of own and other key
 
-Changes relative to hirl_moco.py (--neighbours 0 is bit for bit its --clusters 0, if all settings are the same, which
-those of the presets are not)
+Changes relative to hirl_moco.py (--neighbours 0 is bit for bit its --clusters 0 with all settings the same)
   hierarchy     none: neighbours instead of a tree. --clusters is for tree.png and clusters.csv after training only,
                 --warmup-epochs are those in which q and n pick their own key alone
   a step        queries q, n, m pass the encoder as one batch, keys k, k_n as another, batch norm included
@@ -52,6 +51,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
+import networks
 import plumbing
 
 # ---- [method] presets: one column a data scale, chosen by --data, printed at start
@@ -113,7 +113,7 @@ class Encoder(nn.Module):
 
     def __init__(self, arch, stem, projector, dim, image_size=224):
         super().__init__()
-        self.backbone, width = common.backbone(arch, stem, image_size)
+        self.backbone, width = networks.backbone(arch, stem, image_size)
         norm = [nn.BatchNorm1d(width)] if projector == "mlp-bn" else []
         self.projector = nn.Sequential(nn.Linear(width, width), *norm, nn.ReLU(inplace=True), nn.Linear(width, dim))
 
@@ -285,7 +285,7 @@ def main(args):
     levels = [(f"_layer{stage}" if stage < 4 else "", args.level_weights[stage - 1],
                slice(place * args.dim, (place + 1) * args.dim)) for place, stage in enumerate(stages)]
     if args.bn == "sync":
-        plumbing.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
+        networks.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
     model.to(device, memory_format=torch.channels_last)
     encode_q, encode_k = (torch.compile(encoder) if args.compile else encoder
                           for encoder in (model.encoder_q, model.encoder_k))
@@ -340,7 +340,7 @@ def main(args):
                 raw = encode_q(torch.cat(views_q)).float()  # (3B, D)
                 with torch.no_grad():  # no gradient to keys
                     model.update_key_encoder(args.ema_momentum)  # before encoding
-                    raw_k = plumbing.make_keys(encode_k, views_k, args.bn, common.random_state(*place, "shuffle"))
+                    raw_k = networks.make_keys(encode_k, views_k, args.bn, common.random_state(*place, "shuffle"))
             qs, ks = (unit_rows(x.float(), args.dim).unflatten(0, (-1, len(index))) for x in (raw, raw_k))
             k = ks[0]  # of qs (3, B, D) and ks (2, B, D), the image's: the one that is queued
 

@@ -44,6 +44,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
+import networks
 import plumbing
 from common import Stop
 from plumbing import say
@@ -54,13 +55,13 @@ IMAGE_SIZES = {"textures": 32, "cifar": 32, "photos": 96, "imagenet": 224}  # by
 
 # ---- arguments
 def parse_args(argv=None):
-    p = plumbing.Parser(description=__doc__, allow_abbrev=False, formatter_class=plumbing.HelpFormatter)
+    p = plumbing.Parser(description=__doc__)
     add, positive = p.add_argument, plumbing.positive
     add("--run", help="run folder: backbone.pt and, from config.json, data, arch, stem, image size, clusters")
     add("--backbone", metavar="FILE", help="weights: backbone.pt, checkpoint.pt, torchvision's, a state dict")
     add("--untrained", action="store_true", help="no weights: a freshly initialised backbone")
     add("--arch", help="tiny, or a torchvision ResNet or ViT, as resnet50, vit_b_16 (the run's)")
-    add("--stem", choices=list(common.STEMS), help="first layer of a ResNet (the run's; 7x7 is seen in the weights)")
+    add("--stem", choices=list(networks.STEMS), help="first layer of a ResNet (the run's; 7x7 is seen in the weights)")
     add("--image-size", type=positive(int, most=4096), help="side of the pictures, pixels (the run's, or by data)")
     add("--data", default="textures", help="textures, cifar10, cifar100, stl10 or a folder (the run's)")
     add("--data-root", default="data", help="where torchvision's sets are kept (the run's)")
@@ -109,7 +110,7 @@ def run_defaults(folder):
     config = plumbing.read(path)
     try:
         told = {name: str(config["arguments"][name]) for name in ("data", "data_root", "arch", "stem", "image_size")}
-        common.STEMS[told["stem"]]
+        networks.STEMS[told["stem"]]
         return dict(told, fingerprint=config["derived"]["fingerprint"],
                     validation=bool(config["arguments"].get("validation")),
                     clusters=[int(k) for k in config["derived"].get("clusters") or []] or None)
@@ -237,7 +238,7 @@ def load_backbone(args):
     if not args.stem and getattr(tensors.get(prefix + "conv1.weight"), "shape", ())[-1:] == (3,):
         raise Stop(f"the first layer in {path} is 3x3, but weights do not tell its stride: give --stem 3x3 or 3x3s2, "
                    "as in training")
-    network, width = common.backbone(args.arch, stem, args.image_size)
+    network, width = networks.backbone(args.arch, stem, args.image_size)
     if path:
         left_out = "; left out: " + (", ".join(fit_backbone(network, tensors, prefix, path)) or "nothing")
     weights = f"{path}{prefix and ', ' + prefix[:-1]}{left_out}" if path else "untrained"

@@ -34,8 +34,7 @@ Differs from paper or released code
                 but the training script never reads that file and has it off by default. --local-selection: on
   prototype     as released: an image's own is k-means' and its ancestors, not the most similar at each level (H8);
                 phi above level 0 is over child prototypes, not images (H9), all phi with PCL's clip and scale (H10)
-  lr, presets   cosine per step, per epoch in the release; presets below ImageNet change as in hirl_moco.py; textures
-                have HIRL's 30, 10, 1 clusters a class: HCSC's 3, 2, 1 (--clusters 81 54 27) lost leaves, one seed
+  lr, presets   cosine per step, per epoch in the release; below ImageNet as in hirl_moco.py, clusters too
 
 In the log  moco without a tree; with it instance and prototype, of small crops _local; dropped_l, what draws leave out.
             chance_level_loss is moco's; instance's, as in the paper, is the mean over l of ln(1 + Q (1 - dropped_l))
@@ -53,6 +52,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
+import networks
 import plumbing
 
 # ---- [method] presets: one column a data scale, chosen by --data, printed at start
@@ -105,7 +105,7 @@ class Encoder(nn.Module):
 
     def __init__(self, arch, stem, projector, dim, image_size=224):
         super().__init__()
-        self.backbone, width = common.backbone(arch, stem, image_size)
+        self.backbone, width = networks.backbone(arch, stem, image_size)
         norm = [nn.BatchNorm1d(width)] if projector == "mlp-bn" else []
         self.projector = nn.Sequential(nn.Linear(width, width), *norm, nn.ReLU(inplace=True), nn.Linear(width, dim))
 
@@ -240,7 +240,7 @@ def main(args):
     queue_size = plumbing.fit("queue_size", args, at_most=len(train))
     model = MoCo(Encoder(args.arch, args.stem, args.projector, args.dim, args.image_size), args.dim, queue_size)
     if args.bn == "sync":
-        plumbing.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
+        networks.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
     model.to(device, memory_format=torch.channels_last)
     encode_q, encode_k = (torch.compile(encoder) if args.compile else encoder
                           for encoder in (model.encoder_q, model.encoder_k))
@@ -297,7 +297,7 @@ def main(args):
                 raw = encode_q(crops[0]).float()  # (B, D)
                 with torch.no_grad():  # no gradient to keys
                     model.update_key_encoder(args.ema_momentum)  # before encoding
-                    k = plumbing.make_keys(encode_k, crops[1], args.bn, common.random_state(*place, "shuffle")).float()
+                    k = networks.make_keys(encode_k, crops[1], args.bn, common.random_state(*place, "shuffle")).float()
             q, k = F.normalize(raw, dim=1), F.normalize(k, dim=1)
 
             # ---- [method] losses, of view 0 and of small crops (--multi-crop): the queue is that of before this step

@@ -57,6 +57,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
+import networks
 import plumbing
 
 # ---- [method] presets: one column a data scale, chosen by --data, printed at start
@@ -200,7 +201,7 @@ class DINO(nn.Module):
 def encode_crops(backbone, projector, crops, branches=None):
     """Crops [(b, 3, S, S)], those of a size side by side -> raw projections (V, b, D).
 
-    Crops of one size go through the trunk together, all through the projector; branches: see common.drop_path.
+    Crops of one size go through the trunk together, all through the projector; branches: see networks.drop_path.
     """
     first = [v for v in range(len(crops)) if v == 0 or crops[v].shape != crops[v - 1].shape]
     features = []
@@ -290,12 +291,12 @@ def main(args):
     augmentation = AUGMENTATIONS[args.preset]._replace(size=args.image_size)
 
     # ---- [method] model
-    backbone, width = common.backbone(args.arch, args.stem, args.image_size)
+    backbone, width = networks.backbone(args.arch, args.stem, args.image_size)
     check_crops(args, backbone)
     model = DINO(Encoder(backbone, width, args.projector, args.hidden, args.dim, args.prototypes, args.free_last_layer,
                          args.init_std))
     model.heads = nn.ModuleList(level_head(args.dim) for _ in clusters)  # last: the rest starts as without them
-    plumbing.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
+    networks.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
     model.to(device, memory_format=torch.channels_last)
     backbone, projector, teacher = (torch.compile(part) if args.compile else part for part in (
         model.student.backbone, model.student.projector, model.teacher))
@@ -347,7 +348,7 @@ def main(args):
                 group["lr"], group["weight_decay"] = lrs[now], decays[now] * group["decayed"]
 
             # ---- [method] logits of student and teacher
-            branches = common.drop_path(model.student.backbone, args.drop_path, len(views), batch_size,
+            branches = networks.drop_path(model.student.backbone, args.drop_path, len(views), batch_size,
                                         common.random_state(*place, "drop path"))
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 raws = encode_crops(backbone, projector, crops, branches).float()  # (V, b, D)

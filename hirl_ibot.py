@@ -45,6 +45,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
+import networks
 import plumbing
 
 # ---- [method] presets: one column a data scale, chosen by --data, printed at start
@@ -330,8 +331,8 @@ def main(args):
     augmentation = AUGMENTATIONS[args.preset]._replace(size=args.image_size)
 
     # ---- [method] model
-    backbone, width = common.backbone(args.arch, args.stem, args.image_size)
-    if not isinstance(backbone, common.ViT) or args.image_size < 2 * backbone.patch_size:
+    backbone, width = networks.backbone(args.arch, args.stem, args.image_size)
+    if not isinstance(backbone, networks.ViT) or args.image_size < 2 * backbone.patch_size:
         raise common.Stop(f"--arch {args.arch} has no patches to mask: take a ViT of smaller ones, as vit-8-96-4")
     check_crops(args, backbone)
     model = DINO(Encoder(backbone, width, args.projector, args.hidden, args.dim, args.prototypes, args.free_last_layer,
@@ -339,7 +340,7 @@ def main(args):
     model.mask_token = nn.Parameter(torch.zeros(1, width))
     model.register_buffer("patch_center", torch.zeros(args.prototypes))  # (P,)
     model.heads = nn.ModuleList(level_head(args.dim) for _ in clusters)  # last: the rest starts as without them
-    plumbing.sync_batch_norm(model).to(device)  # under torchrun; one process has nothing to synchronise
+    networks.sync_batch_norm(model).to(device)  # under torchrun; one process has nothing to synchronise
     for encoder in (model.student, model.teacher) if args.compile else ():
         encoder.backbone.tokens = torch.compile(encoder.backbone.tokens)
     balance, uniform = args.centering == "sinkhorn", math.log(args.prototypes)
@@ -395,7 +396,7 @@ def main(args):
                                  args.mask_ratio, common.random_state(*place, "masks"))  # (2, b, h, w)
             read = masks.flatten().nonzero()[:, 0].to(device, non_blocking=True) if balance else None
             masks = masks.flatten(0, 1).to(device, non_blocking=True)  # (2b, h, w)
-            branches = common.drop_path(model.student.backbone, args.drop_path, len(views), batch_size,
+            branches = networks.drop_path(model.student.backbone, args.drop_path, len(views), batch_size,
                                         common.random_state(*place, "drop path"))
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 raws, patches = encode_crops(model.student, crops, masks, model.mask_token, branches, read)

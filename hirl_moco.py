@@ -48,6 +48,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
+import networks
 import plumbing
 
 # ---- [method] presets: one column a data scale, chosen by --data, printed at start
@@ -96,7 +97,7 @@ class Encoder(nn.Module):
 
     def __init__(self, arch, stem, projector, dim, image_size=224):
         super().__init__()
-        self.backbone, width = common.backbone(arch, stem, image_size)
+        self.backbone, width = networks.backbone(arch, stem, image_size)
         norm = [nn.BatchNorm1d(width)] if projector == "mlp-bn" else []
         self.projector = nn.Sequential(nn.Linear(width, width), *norm, nn.ReLU(inplace=True), nn.Linear(width, dim))
 
@@ -166,7 +167,7 @@ def main(args):
     model = MoCo(Encoder(args.arch, args.stem, args.projector, args.dim, args.image_size), args.dim, queue_size)
     model.heads = nn.ModuleList(level_head(args.dim) for _ in clusters)  # last: the rest starts as without them
     if args.bn == "sync":
-        plumbing.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
+        networks.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
     model.to(device, memory_format=torch.channels_last)
     encode_q, encode_k = (torch.compile(encoder) if args.compile else encoder
                           for encoder in (model.encoder_q, model.encoder_k))
@@ -213,7 +214,7 @@ def main(args):
                 raw = encode_q(crops[0]).float()  # (B, D)
                 with torch.no_grad():  # no gradient to keys
                     model.update_key_encoder(args.ema_momentum)  # before encoding
-                    k = plumbing.make_keys(encode_k, crops[1], args.bn, common.random_state(*place, "shuffle")).float()
+                    k = networks.make_keys(encode_k, crops[1], args.bn, common.random_state(*place, "shuffle")).float()
             q, k = F.normalize(raw, dim=1), F.normalize(k, dim=1)
 
             # ---- [method] base loss

@@ -59,6 +59,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
+import networks
 import plumbing
 
 # ---- [method] presets: one column a data scale, chosen by --data, printed at start
@@ -257,15 +258,15 @@ def main(args):
     augmentation = AUGMENTATIONS[args.preset]._replace(size=args.image_size)
 
     # ---- [method] model
-    backbone, width = common.backbone(args.arch, args.stem, args.image_size)
-    if isinstance(backbone, common.ViT):
+    backbone, width = networks.backbone(args.arch, args.stem, args.image_size)
+    if isinstance(backbone, networks.ViT):
         prepare_vit(backbone, args.image_size, args.freeze_patches)
     hidden = [args.head_width] * (args.projector_layers - 1)
     encoder = Encoder(backbone, mlp(width, *hidden, args.dim, last_norm=True))
     predictor = mlp(args.dim, args.head_width, args.dim, last_norm=args.projector_layers > 2)
     model = MoCoV3(encoder, predictor)
     model.heads = nn.ModuleList(level_head(args.dim, args.head_layers) for _ in clusters)  # last, as in hirl_moco.py
-    plumbing.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
+    networks.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
     model.to(device, memory_format=torch.channels_last)
     encode_q, encode_k = (torch.compile(encoder) if args.compile else encoder
                           for encoder in (model.encoder_q, model.encoder_k))

@@ -53,6 +53,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
+import networks
 import plumbing
 
 # ---- [method] presets: one column a data scale, chosen by --data, printed at start
@@ -100,7 +101,7 @@ class Encoder(nn.Module):
 
     def __init__(self, arch, stem, projector, dim, image_size=224):
         super().__init__()
-        self.backbone, width = common.backbone(arch, stem, image_size)
+        self.backbone, width = networks.backbone(arch, stem, image_size)
         norm = [nn.BatchNorm1d(width)] if projector == "mlp-bn" else []
         self.projector = nn.Sequential(nn.Linear(width, width), *norm, nn.ReLU(inplace=True), nn.Linear(width, dim))
 
@@ -172,7 +173,7 @@ def main(args):
     model = nn.Module()
     model.encoder = Encoder(args.arch, args.stem, args.projector, args.dim, args.image_size)
     model.heads = nn.ModuleList(level_head(args.dim) for _ in clusters)  # last: the rest starts as without them
-    plumbing.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
+    networks.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
     model.to(device, memory_format=torch.channels_last)
     encode = torch.compile(model.encoder) if args.compile else model.encoder
     chance = {"simclr": math.log(2 * batch_size - 1)}

@@ -53,6 +53,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
+import networks
 import plumbing
 
 # ---- [method] presets: one column a data scale, chosen by --data, printed at start
@@ -168,7 +169,7 @@ def main(args):
     augmentation = AUGMENTATIONS[args.preset]._replace(size=args.image_size)
 
     # ---- [method] model
-    backbone, width = common.backbone(args.arch, args.stem, args.image_size)
+    backbone, width = networks.backbone(args.arch, args.stem, args.image_size)
     hidden = [args.projector_width] * (args.projector_layers - 1)
     encoder = Encoder(backbone, mlp(width, *hidden, args.dim, last_norm=True))
     model = SimSiam(encoder, args.dim, args.predictor_width)
@@ -176,7 +177,7 @@ def main(args):
         if args.zero_init and hasattr(block, "conv2"):  # a residual block of two or three convolutions
             nn.init.zeros_(getattr(block, "bn3", block.bn2).weight)
     model.heads = nn.ModuleList(level_head(args.dim) for _ in clusters)  # last: the rest starts as without them
-    plumbing.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
+    networks.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
     model.to(device, memory_format=torch.channels_last)
     encode = torch.compile(model.encoder) if args.compile else model.encoder
     chance = {"simsiam": 0.0}

@@ -56,6 +56,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
+import networks
 import plumbing
 
 # ---- [method] presets: one column a data scale, chosen by --data, printed at start
@@ -120,7 +121,7 @@ class Encoder(nn.Module):
 
     def __init__(self, arch, stem, projector, dim, image_size=224):
         super().__init__()
-        self.backbone, width = common.backbone(arch, stem, image_size)
+        self.backbone, width = networks.backbone(arch, stem, image_size)
         norm = [nn.BatchNorm1d(width)] if projector == "mlp-bn" else []
         self.projector = nn.Sequential(nn.Linear(width, width), *norm, nn.ReLU(inplace=True), nn.Linear(width, dim))
 
@@ -278,7 +279,7 @@ def main(args):
     encoder = Encoder(args.arch, args.stem, args.projector, args.dim, args.image_size)
     model = SwAV(encoder, args.dim, args.prototypes, queue_size)
     model.heads = nn.ModuleList(level_head(args.dim) for _ in clusters)  # last: the rest starts as without them
-    plumbing.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
+    networks.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
     model.to(device, memory_format=torch.channels_last)
     backbone, projector = (torch.compile(part, dynamic=False) if args.compile else part
                            for part in (model.encoder.backbone, model.encoder.projector))

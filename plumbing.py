@@ -25,12 +25,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import common
-from common import Stop, all_gather_rows, all_reduce_sum, differentiable_sum, local_rows, processes, rank
+from common import Stop, all_gather_rows, all_reduce_sum, local_rows, processes, rank
+from networks import SyncBatchNorm
 
 TIMEOUT = timedelta(minutes=30)  # a process that is silent for longer is lost
 LARGEST = {int: 10**9, float: 1e30}  # what float32 and the machine bear
@@ -108,18 +108,21 @@ def set_up(args):
 
 
 # ---- arguments
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one sentence, without usage text."""
-
-    def error(self, message):
-        raise Stop(f"{message}: see --help")
-
-
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Keep the docstring's lines and show every default there is."""
 
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one sentence, without usage text."""
+
+    def __init__(self, **how):
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **how)
+
+    def error(self, message):
+        raise Stop(f"{message}: see --help")
 
 
 def positive(kind, zero=False, most=None):
@@ -143,8 +146,7 @@ def preset_table(presets):
 
 def shared_arguments(description, presets):
     """A Parser with the arguments of every script. A script may declare one again where it means something else."""
-    p = Parser(description=description, epilog=preset_table(presets), allow_abbrev=False,
-               formatter_class=HelpFormatter, conflict_handler="resolve")
+    p = Parser(description=description, epilog=preset_table(presets), conflict_handler="resolve")
     add = p.add_argument
     add("--data", default="textures", help="textures, cifar10, cifar100, stl10 or a folder of pictures")
     add("--data-root", default="data", help="where torchvision's sets are kept")
@@ -175,8 +177,7 @@ def shared_arguments(description, presets):
 def resolve_arguments(parser, presets, argv=None):
     """Arguments from, in falling order of precedence, the command line, that of the run to resume, the preset.
 
-    args.argv are the words of both command lines: what they ask for is obeyed or refused, whereas a preset's number is
-    reduced, and said, where the data is too small for it.
+    args.argv are the words of both command lines: what they ask for is obeyed or refused, a preset's number is reduced.
     """
     argv = [part for word in map(str, sys.argv[1:] if argv is None else argv)
             for part in (word.split("=", 1) if word.startswith("--") else [word])]
@@ -235,11 +236,10 @@ def fit_clusters(args, pictures):
 
 def fit_batch(args, pictures):
     """--batch-size, or fewer where a preset asks for more than there are pictures; a multiple of the processes."""
-    size = processes()
-    batch_size = fit("batch_size", args, at_most=pictures) // size * size
-    if batch_size < 2 * size or batch_size != args.batch_size and "--batch-size" in args.argv:
-        raise Stop(f"--batch-size {args.batch_size} of {pictures} pictures must be a multiple of the {size} processes, "
-                   f"and at least {2 * size}")
+    batch_size = fit("batch_size", args, at_most=pictures) // processes() * processes()
+    if batch_size < 2 * processes() or batch_size != args.batch_size and "--batch-size" in args.argv:
+        raise Stop(f"--batch-size {args.batch_size} of {pictures} pictures must be a multiple of the {processes()} "
+                   f"processes, and at least {2 * processes()}")
     return batch_size
 
 
@@ -268,57 +268,17 @@ def average(tensors):
             t.copy_(part.view_as(t))
 
 
-class SyncBatchNorm(nn.SyncBatchNorm):
-    """Batch norm over the rows of all ranks, as many as each has: torch's, which wants a GPU, and ours elsewhere."""
-
-    process_group = None  # everyone
-
-    def forward(self, x):
-        if x.device.type == "cuda" or not self.training or processes() == 1:
-            return super().forward(x)
-        wide, over = x.to(torch.promote_types(x.dtype, torch.float32)), [0, *range(2, x.ndim)]
-        count = all_reduce_sum(x.new_full((), x.numel() / x.shape[1], dtype=torch.float32))
-        mean = differentiable_sum(wide.sum(over, keepdim=True)) / count  # (1, C, 1, ...)
-        var = differentiable_sum((wide - mean).pow(2).sum(over, keepdim=True)) / count
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.flatten(), self.momentum)
-            self.running_var.lerp_(var.flatten() * count / (count - 1), self.momentum)
-        scale, shift = (self.weight.view_as(mean), self.bias.view_as(mean)) if self.affine else (1, 0)
-        return ((wide - mean) * ((var + self.eps).rsqrt() * scale) + shift).to(x.dtype)
-
-
-def sync_batch_norm(module):
-    """Under several ranks, turn every batch norm into a SyncBatchNorm, in place: nothing else about it changes."""
-    for child in module.modules():
-        if processes() > 1 and isinstance(child, nn.modules.batchnorm._BatchNorm):
-            child.__class__ = SyncBatchNorm
-    return module
-
-
-def make_keys(encode, view, bn, generator):
-    """encode(view), keys (b, D) of the views (b, 3, S, S); bn "shuffle": in batches mixed across processes (MoCo's
-    shuffled BN), so that a batch's statistics do not tell which key belongs to which query.
-    """
-    if bn == "sync" or processes() == 1:  # one process has nobody to mix with
-        return encode(view)
-    everyone = all_gather_rows(view, equal=True)  # (B, 3, S, S) of all processes
-    order, mine = torch.randperm(len(everyone), generator=generator), local_rows(len(everyone))
-    shuffled = all_gather_rows(encode(everyone[order[mine]]), equal=True)  # (B, D)
-    return shuffled[order.argsort()[mine].to(shuffled.device)]
-
-
 # ---- the run folder
 class Run:
     """A run's folder and what it remembers. Every rank calls every method in the same order; rank 0 writes.
 
-    `keep` is what the epoch's features gave: a Hierarchy, a table of neighbours (a tensor), or None.
+    `keep` is what the epoch's features gave: a Hierarchy (on the device), a table of neighbours (on the CPU), or None.
     """
 
     def __init__(self, args):
         self.args, self.folder, self.log, self.board = args, Path(args.out), [], None
         self.sums, self.steps, self.last = {}, 0, None  # of the epoch so far: sums of its losses, steps, last losses
-        self.signal, self.asked, self.parent = 0, None, os.getppid()
+        self.signal, self.told, self.parent = 0, False, os.getppid()  # told: some rank got a signal, as all ranks know
         check_folder(self.folder, args.resume)
         if args.tensorboard and not importlib.util.find_spec("tensorboard"):
             raise Stop("--tensorboard needs the package tensorboard: install it, or leave that out")
@@ -326,9 +286,7 @@ class Run:
             signal.signal(number, self.note_signal)
 
     def start(self, train, device, **derived):
-        """Say what the run will do, and the numbers derived; take the folder; write config.json or, of a run that is
-        resumed, check that it had the same arguments and pictures (train: Images).
-        """
+        """Say what the run will do; take the folder; write config.json, or to resume compare arguments and pictures."""
         self.train, self.batch_size, path = train, derived["batch_size"], self.folder / "config.json"
         derived = dict(pictures=len(train), fingerprint=train.fingerprint(), processes=processes(), device=str(device),
                        **derived)
@@ -348,9 +306,7 @@ class Run:
         say(f"resumed with another {said}")
 
     def resume(self, device, **parts):
-        """Load the checkpoint, if there is one, into `parts` (model, optimizer) -> (epoch, step) to go on at, keep: a
-        Hierarchy on the device, a table on the CPU.
-        """
+        """Load the checkpoint, if there is one, into `parts` (model, optimizer) -> (epoch, step) to go on at, keep."""
         self.parts, path = parts, self.folder / "checkpoint.pt"
         norms = [part for part in parts["model"].modules() if type(part) is not SyncBatchNorm]  # which see own rows
         self.statistics = [getattr(norm, name, None) for norm in norms for name in ("running_mean", "running_var")]
@@ -378,20 +334,11 @@ class Run:
             raise KeyboardInterrupt
         self.signal = number
 
-    def asked_to_stop(self, wait):
-        """The signal that any rank got by now, or 0; the same on all ranks. Who has lost torchrun got one too.
-
-        subtle: without `wait` several ranks answer for the call before this one, so that none waits for the others.
-        """
-        if processes() == 1:
-            return self.signal
-        if os.getppid() != self.parent:
+    def asked_to_stop(self):
+        """The signal that this process got, or 0. Who has lost torchrun got one too."""
+        if processes() > 1 and os.getppid() != self.parent:
             self.signal = signal.SIGTERM
-        before, flag = self.asked, torch.tensor(self.signal)
-        self.asked = flag, dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True)
-        flag, work = before if before and not wait else self.asked
-        work.wait()
-        return int(flag)
+        return self.signal
 
     def save(self, epoch, step, keep, row=None):
         """row() into the log, then checkpoint.pt, of a finite network only; after a signal Stop, on all ranks."""
@@ -403,7 +350,8 @@ class Run:
         if row:
             self.write(row())
         write_atomically(self.folder / "checkpoint.pt", state)
-        if number := self.asked_to_stop(wait=True):  # every rank waits here for the one that saves
+        number = int(all_gather_rows(torch.tensor([self.asked_to_stop()]), equal=True).max())  # all wait for the save
+        if number:
             raise Stop(f"stopped, the state is in {self.folder}/checkpoint.pt: continue with --resume", 128 + number)
 
     def timed(self, batches, epoch, steps):
@@ -419,17 +367,19 @@ class Run:
     def end_step(self, epoch, step, values, keep):
         """Add a dict of scalars, means over this rank's rows, to the epoch's; after a signal on any rank save and stop.
 
-        subtle: they are read, and refused, at the end of the next step, so that nobody waits for a GPU.
+        subtle: they are read, and refused, at the end of the next step, so that nobody waits for a GPU. So is the news
+        of another rank's signal, which goes with them.
         """
         self.check()
         average(self.statistics)
-        means = all_reduce_sum(torch.stack([value.detach().double() for value in values.values()])) / processes()
+        mine = torch.stack([value.detach().double() for value in values.values()])
+        means = all_reduce_sum(torch.cat([mine, mine.new_full((1,), self.asked_to_stop())])) / processes()
         arrived = torch.cuda.Event() if means.is_cuda else None
         self.last = step, [*values], means.to("cpu", non_blocking=means.is_cuda), arrived  # in pinned memory
         if arrived:
             arrived.record()
         self.steps, self.here = self.steps + 1, self.here + 1
-        if self.asked_to_stop(wait=False):
+        if self.told or self.signal and processes() == 1:
             self.save(epoch, step + 1, keep)
 
     def check(self):
@@ -439,7 +389,9 @@ class Run:
             if arrived:
                 arrived.synchronize()
             refuse_not_finite(dict(zip(names, means)), f"at step {step}")
-            self.sums.update({name: self.sums.get(name, 0.0) + value for name, value in zip(names, means.tolist())})
+            *means, signals = means.tolist()
+            self.sums.update({name: self.sums.get(name, 0.0) + value for name, value in zip(names, means)})
+            self.told = signals > 0
 
     def end_epoch(self, epoch, keep, knn, **notes):
         """Write the epoch's row: means, speed, knn() where it is due, notes; save the state."""
@@ -501,12 +453,9 @@ def check_folder(folder, resume):
 
 
 def claim(folder, resume):
-    """Create the folder, take it for this process until it ends, however it ends; Stop where another one has it.
-
-    The lock is the system's and on the folder itself: nothing is left behind. Windows has none such: no claim there.
-    """
+    """Create the folder and take it for this process until it ends, however it ends; Stop where another one has it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(ImportError, OSError):  # no fcntl; a file system without locks
+    with contextlib.suppress(ImportError, OSError):  # Windows has no such lock, nor have some file systems
         import fcntl
         try:
             if folder.resolve() not in CLAIMED:
@@ -556,9 +505,9 @@ def circumstances():
 
 
 def read(path):
-    """What config.json ({"arguments": {}, "derived": {}}) or a torch file holds, its tensors on the CPU.
+    """What config.json ({"arguments": {}, "derived": {}}) or a torch file holds, its tensors on the CPU; else Stop.
 
-    Tensors and plain containers only: nothing is ever executed. Every byte is checked. Stop if it is no such file.
+    Tensors and plain containers only: nothing is ever executed. Every byte is checked.
     """
     try:
         if not path.is_file():  # a pipe would never end

@@ -34,6 +34,7 @@ from torchvision import transforms as T
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import hirl_moco
+import networks
 import plumbing
 
 try:
@@ -71,7 +72,7 @@ def our_step(arch, stem, device):
 
 def lightly_step(arch, stem, device):
     """The same of lightly's parts, in the order of its MoCo example."""
-    backbone, width = common.backbone(arch, stem, SIZE)
+    backbone, width = networks.backbone(arch, stem, SIZE)
     query = torch.nn.Sequential(backbone, MoCoProjectionHead(width, width, DIM)).to(device)
     key = copy.deepcopy(query)
     deactivate_requires_grad(key)

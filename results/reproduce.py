@@ -9,10 +9,10 @@
 
 Each run has one thread and low priority; Ctrl-C stops, the next call goes on from there. What a run leaves in
 runs/STUDY/RUN-SEED-CODE/ is evaluated by eval_linear.py; its config, log and evaluation, and run.json (command, code,
-CPU seconds), come to results/STUDY/RUN-SEED/. CODE is a hash of the script, common.py, plumbing.py and textures.py
-without comments and docstrings; where a log's is not today's, its row of a table says "earlier code". It says "earlier
-code, same figures" where both codes logged the same digits in three epochs of that row's arguments on textures, a tree
-from the second on, one thread: each run adds its code's digits to results/figures.json, --compare adds today's.
+CPU seconds), come to results/STUDY/RUN-SEED/. CODE is a hash of the script and of what it imports, without comments and
+docstrings; where a log's is not today's, its row of a table says "earlier code". It says "earlier code, same figures"
+where both codes logged the same digits in three epochs of that row's arguments on textures, a tree from the second on,
+one thread: each run adds its code's digits to results/figures.json, --compare adds today's.
 
 In the tables: mean ± standard deviation over the seeds. Differences are paired, seed by seed, to the plain method, with
 the 95 % interval of Student's t; "helps" or "hurts" stands only where that excludes 0.
@@ -179,7 +179,7 @@ PICTURE = ("textures", {"hirl_moco.py --clusters 0": "#777777", "hirl_moco.py --
            {"9 kinds": 1, "27 leaves": 2})  # a study, the colours of its lines, a panel a label depth
 FILES = {  # in reading order
     "hirl_moco.py": "MoCo v2 + HIRL, the method from arguments to last line: read it first",
-    "common.py": "data and views, k-means and hierarchy, hierarchy losses, kNN and neighbours, backbones",
+    "common.py": "data and views, k-means and hierarchy, hierarchy losses, kNN and neighbours",
     "hcsc.py": "MoCo v2 + HCSC: the tree chooses negatives, and leaves out what seems to be the image's own kind",
     "csml.py": "MoCo v2 + CsMl: no tree; a nearest neighbour, and a CutMix of both, are positives too",
     "hirl_simclr.py": "SimCLR + HIRL, this project's own composition: NT-Xent within the batch, no queue",
@@ -189,6 +189,7 @@ FILES = {  # in reading order
     "hirl_dino.py": "DINO + HIRL: the student predicts a centred, sharpened teacher; ResNet or ViT",
     "hirl_ibot.py": "iBOT + HIRL: DINO, and masked patches to predict; always a ViT",
     "eval_linear.py": "linear probe, kNN, fine-tuning with few labels, clusters and trees against labels",
+    "networks.py": "backbones by name, the ViT, batch norm over several processes",
     "plumbing.py": "what surrounds a run: arguments, processes, `Run` (folder, log, checkpoint), the tree's picture; "
                    "nobody needs to open it",
     "textures.py": "the embedded data set",
@@ -270,7 +271,7 @@ def bare(name):
 
 def code_version(script):
     """Eight digits that change when the code behind a log does."""
-    files = (script, "common.py", "plumbing.py", "textures.py")
+    files = (script, "common.py", "networks.py", "plumbing.py", "textures.py")
     return hashlib.blake2b("\n".join(map(bare, files)).encode(), digest_size=4).hexdigest()
 
 

@@ -25,6 +25,7 @@ from torch.testing import assert_close
 import common
 import hirl_mocov3
 import hirl_simsiam
+import networks
 
 HERE = Path(__file__).resolve().parent
 EXACT = dict(rtol=1e-9, atol=1e-9)  # float64 against golden numbers and loops
@@ -520,7 +521,7 @@ def test_the_loop_of_hirl_simsiam_reads_as_described(tmp_path, pictures):
     args, rows = run(hirl_simsiam, tmp_path / "run", pictures, *widths, "--zero-init", epochs=2, base_lr=0.02)
     train, _ = common.load_data(args.data)
     torch.manual_seed(0)
-    backbone, width = common.backbone("tiny", args.stem)
+    backbone, width = networks.backbone("tiny", args.stem)
     encoder = hirl_simsiam.Encoder(backbone, hirl_simsiam.mlp(width, 24, 24, 20, last_norm=True))
     predictor = hirl_simsiam.SimSiam(encoder, 20, 10).predictor
     for stage in (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4):
@@ -560,7 +561,7 @@ def test_the_loop_of_hirl_mocov3_reads_as_described(tmp_path, pictures):
     args, rows = run(hirl_mocov3, tmp_path / "run", pictures, *widths, epochs=2, base_lr=0.02)
     train, _ = common.load_data(args.data)
     torch.manual_seed(0)
-    backbone, width = common.backbone("tiny", args.stem)
+    backbone, width = networks.backbone("tiny", args.stem)
     encoder_q = hirl_mocov3.Encoder(backbone, hirl_mocov3.mlp(width, 24, 24, 20, last_norm=True))
     predictor = hirl_mocov3.mlp(20, 24, 20, last_norm=True)
     heads = nn.ModuleList(hirl_mocov3.level_head(20, 3) for _ in range(3))
@@ -605,7 +606,7 @@ def test_mocov3_on_a_vit(tmp_path, pictures):
         folder = tmp_path / f"run{len(switches)}"
         run(hirl_mocov3, folder, pictures, *vit, *switches, epochs=1)
         torch.manual_seed(0)
-        start, _ = common.backbone("vit-4-32-2", "3x3", 16)
+        start, _ = networks.backbone("vit-4-32-2", "3x3", 16)
         hirl_mocov3.prepare_vit(start, 16, True)
         weights = saved(folder, "backbone.pt")
         assert torch.equal(weights["encoder.pos_embedding"], hirl_mocov3.sincos_positions(4, 4, 32))
@@ -618,7 +619,7 @@ def test_mocov3_on_a_vit(tmp_path, pictures):
 
 def test_mocov3_vit_starts_as_described():
     torch.manual_seed(0)
-    vit, _ = common.backbone("vit-4-32-2", "3x3", 16)
+    vit, _ = networks.backbone("vit-4-32-2", "3x3", 16)
     hirl_mocov3.prepare_vit(vit, 16, True)
     block = vit.encoder.layers[0]
     limits = {block.self_attention.in_proj_weight: (32, 32), block.self_attention.out_proj.weight: (32, 32),

@@ -24,6 +24,7 @@ import hirl_dino
 import hirl_ibot
 import hirl_mocov3
 import hirl_swav
+import networks
 from test_losses import EXACT, SINGLE
 
 BOTH = pytest.mark.parametrize("script", (hirl_dino, hirl_ibot), ids=lambda script: script.__name__)
@@ -323,7 +324,7 @@ def test_heads_of_class_token_and_patches_golden(kind):
 def golden_vit(g, prefix, image_size, patch, heads):
     """A ViT with the golden parameters."""
     width, depth = len(g[prefix + "patch_embed.proj.bias"]), sum(".norm1.bias" in key for key in g if prefix in key)
-    vit = common.ViT(image_size, patch, depth, heads, width, len(g[prefix + "blocks.0.mlp.fc1.bias"]))
+    vit = networks.ViT(image_size, patch, depth, heads, width, len(g[prefix + "blocks.0.mlp.fc1.bias"]))
     vit.heads = nn.Identity()
     vit.load_state_dict({name: g[prefix + timm_name(name)] for name in vit.state_dict()})
     return vit.double()
@@ -488,7 +489,7 @@ def slow_dino_loss(student, teacher, center, student_temperature, teacher_temper
 def test_patches_that_are_not_read_give_zeros():
     """`read` names patches in the order of the masks; the others' projections are 0, class tokens stay as they are."""
     torch.manual_seed(0)
-    encoder = hirl_ibot.Encoder(*common.backbone("vit-4-32-1", "7x7", 8), "mlp", 24, 16, 20, False, 0.1)
+    encoder = hirl_ibot.Encoder(*networks.backbone("vit-4-32-1", "7x7", 8), "mlp", 24, 16, 20, False, 0.1)
     crops, masks = [random(3, 3, 8, 8, seed=i).float() for i in range(3)], torch.rand(2, 3, 4) < 0.4
     raws, patches = hirl_ibot.encode_crops(encoder, crops)
     some, read = hirl_ibot.encode_crops(encoder, crops, read=masks.flatten().nonzero()[:, 0])
@@ -624,7 +625,7 @@ def test_use_of_outputs_by_hand(script):
 @BOTH
 def test_parameter_groups_and_copy(script):
     """Matrices and tokens decay, vectors not; the teacher starts as an exact copy and never trains (D5-D7)."""
-    model = script.DINO(script.Encoder(*common.backbone("vit-4-32-1", "7x7", 16), "mlp-bn", 8, 6, 5, False, 0.02))
+    model = script.DINO(script.Encoder(*networks.backbone("vit-4-32-1", "7x7", 16), "mlp-bn", 8, 6, 5, False, 0.02))
     model.heads = nn.ModuleList([script.level_head(6)])
     names = {id(p): name for name, p in model.named_parameters()}
     decayed, kept = ({names[id(p)] for p in group["params"]} for group in script.decay_groups(model))
@@ -646,7 +647,7 @@ def test_parameter_groups_and_copy(script):
 def test_vit_is_torchvisions():
     """The own picture size: torchvision's forward; the exported names load strictly but for the heads."""
     torch.manual_seed(0)
-    vit, width = common.backbone("vit-8-96-3", "3x3", 32)
+    vit, width = networks.backbone("vit-8-96-3", "3x3", 32)
     theirs = torchvision.models.VisionTransformer(32, 8, 3, 3, 96, 384)
     missing, unexpected = theirs.load_state_dict(vit.state_dict(), strict=False)
     assert missing == ["heads.head.weight", "heads.head.bias"] and not unexpected and width == 96
@@ -654,7 +655,7 @@ def test_vit_is_torchvisions():
     x = torch.randn(2, 3, 32, 32)
     assert_close(vit(x), theirs(x))
     with torch.device("meta"):
-        large, width = common.backbone("vit_b_16", "7x7")
+        large, width = networks.backbone("vit_b_16", "7x7")
         expected = torchvision.models.vit_b_16().state_dict()
     shapes = {name: p.shape for name, p in large.state_dict().items()}
     assert shapes == {name: p.shape for name, p in expected.items() if not name.startswith("heads")} and width == 768
@@ -663,13 +664,13 @@ def test_vit_is_torchvisions():
 @pytest.mark.parametrize("arch", ("vit-5-96-4", "vit-8-96", "vit-8-x-4", "vit-8-16-4", "vit_q_16", "vit-0-32-1"))
 def test_no_such_vit(arch):
     with pytest.raises(common.Stop, match="is no network"):
-        common.backbone(arch, "3x3", 32)
+        networks.backbone(arch, "3x3", 32)
 
 
 def test_masked_patches_are_not_seen():
     """Their pixels change nothing, those of others do; without a mask the vector is not there."""
     torch.manual_seed(0)
-    vit, _ = common.backbone("vit-4-32-2", "7x7", 16)
+    vit, _ = networks.backbone("vit-4-32-2", "7x7", 16)
     x, masks = torch.randn(2, 3, 16, 16), torch.zeros(2, 4, 4, dtype=torch.bool)
     masks[0, 1, 2] = True
     other = x.clone()
@@ -685,8 +686,8 @@ def test_drop_path():
     """Factors: no block of rate 0 is skipped, means stay 1, the last block's share is the rate; a skipped one does
     nothing; a process gets its rows of the whole batch's draws; ResNets and rate 0 get none."""
     torch.manual_seed(0)
-    vit, _ = common.backbone("vit-4-32-3", "7x7", 16)
-    factors = common.drop_path(vit, 0.4, 2, 4000, torch.Generator().manual_seed(0))
+    vit, _ = networks.backbone("vit-4-32-3", "7x7", 16)
+    factors = networks.drop_path(vit, 0.4, 2, 4000, torch.Generator().manual_seed(0))
     assert factors.shape == (6, 2, 4000)
     assert (factors[:2] == 1).all()
     for block, rate in enumerate((0.0, 0.2, 0.4)):
@@ -697,11 +698,11 @@ def test_drop_path():
     assert_close(vit.tokens(x, branches=torch.ones(6, 2)), vit.tokens(x))
     skipped = torch.ones(6, 2)
     skipped[2:, 0] = 0
-    first = common.backbone("vit-4-32-1", "7x7", 16)[0]
+    first = networks.backbone("vit-4-32-1", "7x7", 16)[0]
     first.load_state_dict({name: p for name, p in vit.state_dict().items() if not re.search("layer_[12]", name)})
     assert_close(vit.tokens(x, branches=skipped)[0], first.tokens(x)[0])
-    assert common.drop_path(vit, 0.0, 2, 4, None) is None
-    assert common.drop_path(common.backbone("tiny", "3x3")[0], 0.1, 2, 4, None) is None
+    assert networks.drop_path(vit, 0.0, 2, 4, None) is None
+    assert networks.drop_path(networks.backbone("tiny", "3x3")[0], 0.1, 2, 4, None) is None
 
 
 # ---- masks
@@ -788,7 +789,7 @@ def test_the_loop_reads_as_the_papers_say(script, centering, tmp_path, pictures)
     args, rows = run(script, tmp_path / "run", pictures, *WORDS, "--centering", centering, epochs=2)
     train, _ = common.load_data(args.data)
     torch.manual_seed(0)
-    encoder = script.Encoder(*common.backbone("vit-4-32-2", "7x7", 16), "mlp", 24, 16, 20, False, 0.1)
+    encoder = script.Encoder(*networks.backbone("vit-4-32-2", "7x7", 16), "mlp", 24, 16, 20, False, 0.1)
     model = script.DINO(encoder)
     token = torch.zeros(1, 32, requires_grad=True)
     heads = nn.ModuleList(script.level_head(16) for _ in range(3))

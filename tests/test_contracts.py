@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 METHODS = sorted(p for p in ROOT.glob("*.py") if re.fullmatch(r"(hirl_\w+|hcsc|csml)\.py", p.name))
 SCRIPTS = [*METHODS, ROOT / "eval_linear.py"]
-HOUSE = [ROOT / f"{name}.py" for name in ("textures", "common", "plumbing")]  # each may import those before it
+HOUSE = [ROOT / f"{name}.py" for name in ("textures", "common", "networks", "plumbing")]  # one may import those before
 PACKAGES = {"torch", "torchvision", "numpy", "tqdm"}  # at run time
 BANNER = re.compile(r"^ *# ---- (.*)$", re.MULTILINE)
 
@@ -65,12 +65,13 @@ def test_every_script_has_every_shared_block():
 
 def test_sizes():
     """Lines of a file; of a script's main and of the loop over its batches."""
-    most = {"textures.py": 140, "common.py": 1190, "test_losses.py": 900, "eval_linear.py": 600,
+    most = {"textures.py": 140, "common.py": 1090, "networks.py": 160, "plumbing.py": 600, "test_losses.py": 900,
+            "eval_linear.py": 600,
             "hirl_moco.py": 290, "hirl_simclr.py": 290, "hcsc.py": 340, "csml.py": 380, "hirl_swav.py": 380,
-            "hirl_ibot.py": 440}
+            "hirl_dino.py": 400, "hirl_ibot.py": 455}
     for path in [*HOUSE, *SCRIPTS, ROOT / "test_losses.py"]:
         lines = len(path.read_text().splitlines())
-        assert lines <= most.get(path.name, 665 if path.name == "plumbing.py" else 400), f"{path.name}: {lines} lines"
+        assert lines <= most.get(path.name, 400), f"{path.name}: {lines} lines"
     for path in METHODS:
         main, = (node for node in tree_of(path).body if getattr(node, "name", "") == "main")
         inner, = (node for node in ast.walk(main) if isinstance(node, ast.For) and "timed" in ast.unparse(node.iter))
@@ -170,7 +171,7 @@ def imported(path):
 
 
 def test_imports_go_one_way_and_to_few_packages():
-    """Scripts -> plumbing -> common -> textures, never from script to script; PIL comes with torchvision."""
+    """Scripts -> plumbing -> networks -> common -> textures, no script imports another; PIL comes with torchvision."""
     house = [path.stem for path in HOUSE]
     for path in [*HOUSE, *SCRIPTS]:
         below = house[:house.index(path.stem)] if path in HOUSE else house[1:]

@@ -18,6 +18,7 @@ from PIL import Image
 
 import common
 import eval_linear as ev
+import networks
 import plumbing
 
 ROOT = Path(ev.__file__).parent
@@ -234,9 +235,9 @@ ARCHITECTURES = dict(tiny=("tiny", "3x3", 32), vit=("vit-8-32-2", "7x7", 16))
 
 def network_and_state(arch="tiny", stem="3x3", image_size=32):
     torch.manual_seed(1)
-    other = common.backbone(arch, stem, image_size)[0].state_dict()
+    other = networks.backbone(arch, stem, image_size)[0].state_dict()
     torch.manual_seed(2)
-    return common.backbone(arch, stem, image_size)[0], dict(other)
+    return networks.backbone(arch, stem, image_size)[0], dict(other)
 
 
 def load(network, state):
@@ -290,12 +291,12 @@ def test_what_does_not_fit_is_refused():
 def test_a_resnet34_is_not_a_resnet18():
     """Every tensor of a resnet18 is in a resnet34, in its shape."""
     with pytest.raises(common.Stop, match="Unexpected"):
-        load(common.backbone("resnet18", "7x7")[0], common.backbone("resnet34", "7x7")[0].state_dict())
+        load(networks.backbone("resnet18", "7x7")[0], networks.backbone("resnet34", "7x7")[0].state_dict())
 
 
 def test_a_vit_for_other_pictures_is_refused():
     with pytest.raises(common.Stop, match="pos_embedding.*correct --arch, --stem or --image-size"):
-        load(common.backbone("vit-8-32-2", "7x7", 24)[0], network_and_state(*ARCHITECTURES["vit"])[1])
+        load(networks.backbone("vit-8-32-2", "7x7", 24)[0], network_and_state(*ARCHITECTURES["vit"])[1])
 
 
 def test_one_changed_byte_is_noticed():
@@ -335,7 +336,7 @@ def run(tmp_path_factory):
     derived = dict(clusters=[6, 3], fingerprint=common.load_data(arguments["data"])[0].fingerprint())
     (folder / "config.json").write_text(json.dumps(dict(arguments=arguments, derived=derived)))
     torch.manual_seed(0)
-    torch.save(common.backbone("tiny", "3x3")[0].state_dict(), folder / "backbone.pt")
+    torch.save(networks.backbone("tiny", "3x3")[0].state_dict(), folder / "backbone.pt")
     return folder
 
 
@@ -608,9 +609,9 @@ def write_in_turn(path):
 
 
 def test_a_vit(run, monkeypatch, capsys, tmp_path):
-    """Any backbone that common.backbone knows, strictly, and not for pictures of another size."""
+    """Any backbone that networks.backbone knows, strictly, and not for pictures of another size."""
     torch.save({"teacher.backbone." + name: x for name, x in
-                common.backbone("vit-8-32-2", "7x7", 16)[0].state_dict().items()}, tmp_path / "vit.pt")
+                networks.backbone("vit-8-32-2", "7x7", 16)[0].state_dict().items()}, tmp_path / "vit.pt")
     argv = ["--backbone", tmp_path / "vit.pt", "--arch", "vit-8-32-2", "--data", run / "data", "--k", 3]
     code, text, errors = evaluate(monkeypatch, capsys, *argv, "--image-size", 16, "--epochs", 2, "--out",
                                   tmp_path / "e.json")

@@ -39,6 +39,7 @@ from torch.testing import assert_close
 import common
 import hirl_simclr
 import hirl_swav
+import networks
 import plumbing
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port"]
@@ -222,7 +223,7 @@ def use_collectives():
         p.grad = torch.full_like(p, 1.0 + rank)
     plumbing.average(p.grad for p in single.parameters())
     mine = common.local_rows(7)
-    keys = plumbing.make_keys(lambda x: 2 * x, torch.arange(4.0).view(2, 2) + 10 * rank, "shuffle",
+    keys = networks.make_keys(lambda x: 2 * x, torch.arange(4.0).view(2, 2) + 10 * rank, "shuffle",
                               torch.Generator().manual_seed(5))
     gather = common.all_gather_rows
     return dict(rows=gather(rows), none=gather(rows[:0]), only_first=gather(rows if rank == 0 else rows[:0]),
@@ -275,7 +276,7 @@ def norm_network():
 
 def train_norm_network():
     """Three steps of this rank's half of the batch: outputs, input gradients, averaged gradients, statistics."""
-    network = plumbing.sync_batch_norm(norm_network())
+    network = networks.sync_batch_norm(norm_network())
     x = torch.randn(3, 8, 3, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     weight = torch.randn(8, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     mine, outputs, gradients = common.local_rows(8), [], []
@@ -293,8 +294,8 @@ def train_norm_network():
 
 
 def frozen_after_synchronising():
-    network = plumbing.sync_batch_norm(norm_network().requires_grad_(False).eval())
-    assert any(isinstance(child, plumbing.SyncBatchNorm) for child in network)
+    network = networks.sync_batch_norm(norm_network().requires_grad_(False).eval())
+    assert any(isinstance(child, networks.SyncBatchNorm) for child in network)
     return [p.requires_grad for p in network.parameters()] + [child.training for child in network]
 
 
@@ -305,7 +306,7 @@ def test_sync_batch_norm_keeps_a_frozen_network_frozen(tmp_path):
 
 def norm_of_unequal_rows():
     """Of 9 rows, rank 0 has 3: outputs, gradients of the sum over all, statistics."""
-    norm = plumbing.sync_batch_norm(nn.Sequential(nn.BatchNorm1d(5))).double()
+    norm = networks.sync_batch_norm(nn.Sequential(nn.BatchNorm1d(5))).double()
     x, weight = torch.randn(2, 9, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     mine = slice(9) if common.processes() == 1 else slice(3) if common.rank() == 0 else slice(3, 9)
     own = x[mine].clone().requires_grad_()
@@ -334,14 +335,14 @@ def test_sync_batch_norm_on_two_ranks_equals_batch_norm_on_one(tmp_path):
 def test_on_a_gpu_batch_norms_are_synchronised_by_torch(monkeypatch):
     monkeypatch.setattr(plumbing, "processes", lambda: 2)
     monkeypatch.setattr(nn.SyncBatchNorm, "forward", lambda norm, x: (norm.process_group, norm.weight))
-    norm = plumbing.sync_batch_norm(nn.BatchNorm2d(3))
+    norm = networks.sync_batch_norm(nn.BatchNorm2d(3))
     assert norm(SimpleNamespace(device=torch.device("cuda"))) == (None, norm.weight)
 
 
 def simclr_gradients():
     """NT-Xent of this rank's share of 12 images through a network with batch norm: loss and averaged gradients."""
     torch.manual_seed(0)
-    network = plumbing.sync_batch_norm(nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 4))).double()
+    network = networks.sync_batch_norm(nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 4))).double()
     x = torch.randn(2, 12, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     views = x[:, common.local_rows(12)].flatten(0, 1)
     z1, z2 = F.normalize(network(views), dim=1).chunk(2)

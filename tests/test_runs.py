@@ -48,6 +48,7 @@ from PIL import Image
 
 import common
 import hirl_moco
+import networks
 import plumbing
 
 QUEUED = [name for name in SCRIPTS if "--queue-size" in (ROOT / f"{name}.py").read_text()]
@@ -111,7 +112,7 @@ def test_clusters_csv_names_every_picture_and_follows_one_tree(whole, pictures):
 
 def test_the_backbone_loads_strictly(whole):
     script, folder, _ = whole
-    network, width = common.backbone("vit-4-32-2" if script == "hirl_ibot" else "tiny", "3x3", 16)
+    network, width = networks.backbone("vit-4-32-2" if script == "hirl_ibot" else "tiny", "3x3", 16)
     network.load_state_dict(load(folder / "backbone.pt"))
     assert network.eval()(torch.zeros(2, 3, 16, 16)).shape == (2, width)
 
@@ -613,7 +614,7 @@ def test_a_second_ctrl_c_ends_a_process_at_once(tmp_path, monkeypatch):
     stopped = plumbing.Run(hirl_moco.parse_args(["--out", str(tmp_path / "run")]))
     for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
         stopped.note_signal(number, None)
-        assert stopped.asked_to_stop(wait=True) == number
+        assert stopped.asked_to_stop() == number
     with pytest.raises(KeyboardInterrupt):
         stopped.note_signal(signal.SIGINT, None)
 
@@ -657,7 +658,8 @@ def test_a_gpu_is_not_waited_for(monkeypatch):
                                                                      synchronize=lambda: noted.append("wait")))
     monkeypatch.setattr(plumbing, "all_reduce_sum", OnGPU)
     here = object.__new__(plumbing.Run)
-    here.last, here.sums, here.steps, here.here, here.statistics, here.signal = None, {}, 0, 0, [], 0
+    here.last, here.sums, here.steps, here.here, here.statistics = None, {}, 0, 0, []
+    here.signal, here.told = 0, False
     here.end_step(0, 0, {"moco": torch.tensor(2.0)}, None)
     assert noted == ["copy to cpu", "record"] and here.sums == {}
     here.end_step(0, 1, {"moco": torch.tensor(3.0), "path": torch.tensor(math.inf)}, None)

@@ -1,0 +1,156 @@
+"""What images pass through: torchvision's networks by name, its ViT with tokens, batch norm over several processes.
+
+A script's own projectors and heads stand in the script. Letters: B batch, F backbone feature, V views, H W picture
+height and width, h w the same in patches, S patches.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+
+from common import Stop, all_gather_rows, all_reduce_sum, differentiable_sum, local_rows, processes
+
+
+# ---- backbone: torchvision's, by name
+class TinyResNet(torchvision.models.ResNet):
+    """A quarter-width ResNet of one block a stage, with torchvision's key names, for two CPU cores."""
+
+    def __init__(self, widths=(16, 32, 64, 128)):
+        block = torchvision.models.resnet.BasicBlock
+        super().__init__(block, [1, 1, 1, 1])
+        self.inplanes = widths[0]
+        self.conv1, self.bn1 = nn.Conv2d(3, widths[0], 7, 2, 3, bias=False), nn.BatchNorm2d(widths[0])
+        for stage, width in enumerate(widths):
+            setattr(self, f"layer{stage + 1}", self._make_layer(block, width, 1, stride=1 if stage == 0 else 2))
+        self.fc = nn.Linear(widths[-1], 1)
+
+
+class ViT(torchvision.models.VisionTransformer):
+    """torchvision's VisionTransformer, key for key: (B, 3, H, W) of any size -> (B, F), the class token."""
+
+    def forward(self, x, **how):
+        return self.tokens(x, **how)[:, 0]
+
+    def tokens(self, x, masks=None, mask_token=None, branches=None):
+        """(B, 3, H, W) -> (B, 1+S, F) after the last norm: the class token, then the S patches row by row.
+
+        masks (B, h, w) bool: patches that show mask_token (1, F) in place of their pixels and keep their position
+        (iBOT); branches (2 * depth, B): factors of each block's two residual branches, see `drop_path`.
+        """
+        h, w = (length // self.patch_size for length in x.shape[2:])
+        x = self.conv_proj(x)  # (B, F, h, w)
+        if masks is not None:
+            x = torch.where(masks[:, None], mask_token[:, :, None, None].to(x.dtype), x)
+        x = torch.cat([self.class_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], dim=1)
+        x = x + self.positions(h, w)  # (B, 1+S, F)
+        if branches is None:
+            return self.encoder.ln(self.encoder.layers(x))
+        for block, (attention, mlp) in zip(self.encoder.layers, branches[..., None, None].unflatten(0, (-1, 2))):
+            y = block.ln_1(x)
+            x = x + attention * block.self_attention(y, y, y, need_weights=False)[0]
+            x = x + mlp * block.mlp(block.ln_2(x))
+        return self.encoder.ln(x)
+
+    def positions(self, h, w):
+        """(1, 1+hw, F); for another grid than its own, the patches' positions are interpolated, as in DINO."""
+        positions, side = self.encoder.pos_embedding, self.image_size // self.patch_size
+        if (h, w) == (side, side):
+            return positions
+        grid = positions[:, 1:].transpose(1, 2).unflatten(2, (side, side))  # (1, F, side, side)
+        grid = F.interpolate(grid, scale_factor=((h + 0.1) / side, (w + 0.1) / side), mode="bicubic")
+        # as released: the 0.1 guards the rounding, and also shifts every position by up to a tenth of a patch
+        return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+
+
+def drop_path(backbone, rate, views, batch_size, generator):
+    """Stochastic depth (1603.09382): factors (2 * depth, V, b) for `ViT.tokens`, None for rate 0 and for ResNets.
+
+    0 where an image's view skips the branch, else 1 / (1 - chance of it); the chance rises from 0 in the first block
+    to `rate` in the last. Drawn for the whole batch; these are the b images of this process.
+    """
+    if not (rate and isinstance(backbone, ViT)):
+        return None
+    chance = torch.linspace(0, rate, len(backbone.encoder.layers)).repeat_interleave(2)[:, None, None]
+    kept = torch.rand(len(chance), views, batch_size, generator=generator) >= chance
+    kept = (kept / (1 - chance).clamp(min=1e-6))[..., local_rows(batch_size)]
+    return kept.to(backbone.class_token.device, non_blocking=True)
+
+
+STEMS = {"3x3": 1, "3x3s2": 2, "7x7": None}  # stride of a 3x3 first convolution without max-pool; torchvision's own
+
+
+def backbone(arch, stem, image_size=224):
+    """(network (B, 3, H, W) -> (B, F), F): a torchvision model by name with its classifier taken off.
+
+    ResNets: stem "7x7" is torchvision's own, for large pictures; "3x3" is a stride-1 convolution without max-pool,
+    the usual change for pictures of 32 px; "3x3s2" the same at stride 2, a quarter of the work. "tiny" is a small one.
+    ViTs: vit_b_16 etc., or vit-<patch>-<width>-<depth>, as vit-8-96-4, with heads of 64 channels, or of 32 where 64
+    does not divide the width; without stem, and with positions for image_size. Key names stay.
+    """
+    network = None
+    try:
+        if arch.startswith("vit-"):
+            patch, width, depth = map(int, arch.split("-")[1:])
+            network = ViT(image_size, patch, depth, width // (32 if width % 64 else 64), width, 4 * width)
+        elif arch.startswith("vit_"):
+            network = torchvision.models.get_model(arch, weights=None, image_size=image_size)
+            network.__class__ = ViT
+        elif arch in torchvision.models.list_models(module=torchvision.models):  # others may fetch weights
+            network = torchvision.models.get_model(arch, weights=None)
+        elif arch == "tiny":
+            network = TinyResNet()
+        if isinstance(network, ViT):
+            network.heads = nn.Identity()
+            return network, network.hidden_dim
+        channels, width = network.conv1.out_channels, network.fc.in_features
+    except (ValueError, AttributeError, AssertionError, ZeroDivisionError) as error:
+        raise Stop(f"--arch {arch} is no network for {image_size} px: try tiny, resnet18, resnet50 or another of "
+                   "torchvision from `conv1` to `fc`, vit_b_16, or vit-<patch>-<width>-<depth> with a patch that "
+                   "divides the picture's side and a width that 32 divides") from error
+    if STEMS[stem]:
+        network.conv1 = nn.Conv2d(3, channels, 3, stride=STEMS[stem], padding=1, bias=False)
+        network.maxpool = nn.Identity()
+    network.fc = nn.Identity()
+    return network, width
+
+
+# ---- batch norm over the rows of all processes
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """Batch norm over the rows of all ranks, as many as each has: torch's, which wants a GPU, and ours elsewhere."""
+
+    process_group = None  # everyone
+
+    def forward(self, x):
+        if x.device.type == "cuda" or not self.training or processes() == 1:
+            return super().forward(x)
+        wide, over = x.to(torch.promote_types(x.dtype, torch.float32)), [0, *range(2, x.ndim)]
+        count = all_reduce_sum(x.new_full((), x.numel() / x.shape[1], dtype=torch.float32))
+        mean = differentiable_sum(wide.sum(over, keepdim=True)) / count  # (1, C, 1, ...)
+        var = differentiable_sum((wide - mean).pow(2).sum(over, keepdim=True)) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.flatten(), self.momentum)
+            self.running_var.lerp_(var.flatten() * count / (count - 1), self.momentum)
+        scale, shift = (self.weight.view_as(mean), self.bias.view_as(mean)) if self.affine else (1, 0)
+        return ((wide - mean) * ((var + self.eps).rsqrt() * scale) + shift).to(x.dtype)
+
+
+def sync_batch_norm(module):
+    """Under several ranks, turn every batch norm into a SyncBatchNorm, in place: nothing else about it changes."""
+    for child in module.modules():
+        if processes() > 1 and isinstance(child, nn.modules.batchnorm._BatchNorm):
+            child.__class__ = SyncBatchNorm
+    return module
+
+
+def make_keys(encode, view, bn, generator):
+    """encode(view), keys (b, D) of the views (b, 3, S, S); bn "shuffle": in batches mixed across processes (MoCo's
+    shuffled BN), so that a batch's statistics do not tell which key belongs to which query.
+    """
+    if bn == "sync" or processes() == 1:  # one process has nobody to mix with
+        return encode(view)
+    everyone = all_gather_rows(view, equal=True)  # (B, 3, S, S) of all processes
+    order, mine = torch.randperm(len(everyone), generator=generator), local_rows(len(everyone))
+    shuffled = all_gather_rows(encode(everyone[order[mine]]), equal=True)  # (B, D)
+    return shuffled[order.argsort()[mine].to(shuffled.device)]
