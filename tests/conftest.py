@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import plumbing
 
@@ -84,7 +85,7 @@ def play(script, argv, folder, label, environment, stop_at, file_limit, poison, 
             if next(steps) == poison:
                 next(p.grad for p in optimizer.param_groups[0]["params"] if p.grad is not None).fill_(math.nan)
 
-        torch.optim.optimizer.register_optimizer_step_pre_hook(poisoned)
+        register_optimizer_step_pre_hook(poisoned)
     if stop_at:
 
         def stopped(run, *how):
