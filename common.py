@@ -148,12 +148,11 @@ class Images:
         if len(rows) == len(self):
             return self
         rows, shown = rows.tolist(), self.index_of[rows]
-        return Images(names=[self.names[i] for i in rows],
-                      labels=None if self.labels is None else self.labels[shown],
-                      class_names=self.class_names,
-                      pixels=None if self.pixels is None else self.pixels[shown.to(self.pixels.device)],
-                      paths=self.paths and [self.paths[i] for i in shown.tolist()],
-                      unreadable={n: self.unreadable[i] for n, i in enumerate(rows) if i in self.unreadable})
+        labels = None if self.labels is None else self.labels[shown]
+        pixels = None if self.pixels is None else self.pixels[shown.to(self.pixels.device)]
+        paths = self.paths and [self.paths[i] for i in shown.tolist()]
+        unreadable = {n: self.unreadable[i] for n, i in enumerate(rows) if i in self.unreadable}
+        return Images([self.names[i] for i in rows], labels, self.class_names, pixels, paths, unreadable)
 
     def picture(self, i):
         """Picture i, PIL's, RGB; when it cannot be read, the next one that can: that is noted. In any thread."""
@@ -333,7 +332,7 @@ def make_views(images, ids, planned, device, workers):
     Large pictures are decoded and cropped to bytes by `workers` threads; the rest is done on the device.
     """
     def crops(row):  # of one large picture, a crop for each view
-        picture, made = images.picture(int(ids[row])), []
+        made, picture = [], images.picture(int(ids[row]))
         for view, draws in planned:
             u = draws["crop"][row:row + 1] if draws else None
             top, left, h, w = crop_boxes(u, picture.height, picture.width, view)[0].tolist()
@@ -547,10 +546,9 @@ def gaussian_blur(images, sigma, kernel_size):
 
 
 def normalize_pixels(images):
-    """float images in [0,1] -> what networks are fed: zero mean, about unit deviation, laid out for convolutions.
+    """float images in [0,1] -> what networks are fed: about zero mean and unit deviation, laid out for convolutions.
 
-    One mean and deviation for every data set and channel: nothing to keep with a checkpoint, gray stays gray, and the
-    BatchNorm after the first convolution absorbs what is left.
+    One mean and deviation for every data set and channel: nothing to keep with a checkpoint, and gray stays gray.
     """
     return (images - 0.5).div_(0.25).contiguous(memory_format=torch.channels_last)
 

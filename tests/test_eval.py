@@ -165,7 +165,7 @@ def test_a_part_keeps_pictures_and_labels_together():
     images.replace({1: "torn"})  # b cannot be read, c stands in for it: picture and label
     part = images.part(torch.tensor([1, 3]))
     assert part.names == ["b", "d"] and part.labels.tolist() == [[0], [2]]
-    assert part.pixels[:, 0, 0, 0].tolist() == [1, 3] and part.index_of.tolist() == [0, 1]
+    assert part.pixels[:, 0, 0, 0].tolist() == [2, 3] and part.index_of.tolist() == [0, 1]
     assert part.unreadable == {0: "torn"}  # is counted
     assert images.part(torch.arange(4)) is images
 
