@@ -127,7 +127,7 @@ class Images:
     partner: Tensor | None = None  # (N,) int64: the picture whose views follow those of i in a batch (csml.py)
 
     def __post_init__(self):
-        self.index_of = torch.arange(len(self))  # (N,): i itself, or the neighbour that stands in for an unreadable i
+        self.index_of = torch.arange(len(self))  # (N,): i itself or, where it is unreadable, the next that is not
         self.named = {*self.unreadable}  # those that the user has been told of
 
     def __len__(self):
@@ -146,43 +146,40 @@ class Images:
         """The pictures at `rows` (M,) int64 as Images of their own; itself when that is all of them."""
         if len(rows) == len(self):
             return self
-        labels = None if self.labels is None else self.labels[self.index_of[rows]]
-        pixels = None if self.pixels is None else self.pixels[rows.to(self.pixels.device)]
-        names, paths = ([values[i] for i in rows.tolist()] if values else None for values in (self.names, self.paths))
-        unreadable = {n: self.unreadable[i] for n, i in enumerate(rows.tolist()) if i in self.unreadable}
-        return Images(names, labels, self.class_names, pixels, paths, unreadable)
+        rows, shown = rows.tolist(), self.index_of[rows]
+        labels = None if self.labels is None else self.labels[shown]
+        pixels = None if self.pixels is None else self.pixels[shown.to(self.pixels.device)]
+        paths = self.paths and [self.paths[i] for i in shown.tolist()]
+        unreadable = {n: self.unreadable[i] for n, i in enumerate(rows) if i in self.unreadable}
+        return Images([self.names[i] for i in rows], labels, self.class_names, pixels, paths, unreadable)
 
     def picture(self, i):
         """Picture i, PIL's, RGB; when it cannot be read, the next one that can: that is noted. In any thread."""
         if self.pixels is not None:
             return TF.to_pil_image(self.pixels[i].cpu())
-        first, why = int(self.index_of[i]), ""
-        for j in range(first, first + 2 + len(self) // 100):  # more in a row are above 1 %
+        while True:
+            shown = int(self.index_of[i])
             try:
-                picture = decode(self.paths[j % len(self)])
+                return decode(self.paths[shown])
             except Exception as error:  # damaged files raise anything
-                why = why or f"{type(error).__name__}: {error}"
-                continue
-            self.replace({i: (j % len(self), why)} if why else {})
-            return picture
-        raise Stop(f"no picture can be read from {self.paths[first]} on ({why}): mend or remove them")
+                self.replace({shown: f"{type(error).__name__}: {error}"})
 
     def replace(self, found):
-        """Note {i: (j, why)}: j, index and all, takes the place of i, which cannot be read. Stop above 1 % of these."""
-        for i, (j, why) in found.items():
-            self.unreadable[i], self.index_of[i] = why, j
-        if len(self.unreadable) > max(1, 0.01 * len(self)):
+        """Note {i: why}: the next picture, index and all, takes the place of i. Stop above 1 % of these."""
+        for i, why in found.items():
+            self.unreadable[i] = why
+            self.index_of[self.index_of == i] = self.index_of[(i + 1) % len(self)]
+        if found and len(self.unreadable) > min(len(self) - 1, max(1, 0.01 * len(self))):
             bad = ", ".join(self.names[i] for i in sorted(self.unreadable)[:20])
-            raise Stop(f"{len(self.unreadable)} of {len(self)} pictures cannot be read, more than 1 %: mend or "
-                       f"remove them ({bad})")
+            raise Stop(f"{len(self.unreadable)} of {len(self)} pictures cannot be read, more than 1 % (the last one: "
+                       f"{why}): mend or remove {bad}")
 
     def agree(self):
         """All ranks together: what one could not read is noted by all, and each picture is named once."""
-        tables = [{i: (int(self.index_of[i]), why) for i, why in self.unreadable.items()}] * processes()
+        tables = [self.unreadable] * processes()
         if processes() > 1 and self.pixels is None:  # in memory there is nothing left to find
-            dist.all_gather_object(tables, tables[0])
-        for table in tables:
-            self.replace(table)
+            dist.all_gather_object(tables, self.unreadable)
+        self.replace({i: why for table in tables for i, why in table.items() if i not in self.unreadable})
         for i in sorted(self.unreadable.keys() - self.named) if rank() == 0 else ():
             print(f"unreadable picture, using its neighbour: {self.names[i]} ({self.unreadable[i]})", file=sys.stderr)
         self.named |= self.unreadable.keys()
@@ -227,8 +224,9 @@ def load_data(data, data_root="data", device="cpu", validation=False):
         if train.labels is not None:
             held_out &= train.labels[:, 0] >= 0  # STL-10: most pictures carry no label
         train, test = (train.part(rows.nonzero()[:, 0]) for rows in (~held_out, held_out))
-    for images in filter(None, (train, test)):
-        images.pixels = images.pixels if images.pixels is None else images.pixels.to(device)
+    for images in (train, test):
+        if images and images.pixels is not None:
+            images.pixels = images.pixels.to(device)
     train.test = test
     return train, test
 
@@ -258,9 +256,8 @@ def folder(root, class_names=None):
         raise Stop(f"no pictures under {root}: it needs files that end in {' '.join(PICTURES)}")
     names = [re.sub(r"[\x00-\x1f]", "\ufffd", str(path.relative_to(root))) for path in paths]  # fit for one line
     parents = [Path(name).parts[:-1] for name in names]
-    depth = min(map(len, parents))  # of the labels that every picture has
+    depth, stray = min(zip(map(len, parents), names))  # of the labels that every picture has
     if rank() == 0 and depth < max(map(len, parents)):
-        stray = min(zip(map(len, parents), names))[1]
         print(f"labels have a depth of {depth}, for {stray} lies no deeper, as others do", file=sys.stderr)
     levels = [["/".join(parts[:d + 1]) for parts in parents] for d in range(depth)]
     class_names = [sorted(set(level)) for level in levels] if class_names is None else class_names
@@ -275,13 +272,12 @@ def folder(root, class_names=None):
 
 def in_memory(images):
     """Pictures in files as (N, 3, H, W) uint8, or None where they are large, many, or of several sizes."""
-    first = images.picture(0)
-    shape = len(images), 3, first.height, first.width
-    if max(first.size) > 128 or math.prod(shape) > IN_MEMORY_BYTES:
+    width, height = images.picture(0).size
+    if max(width, height) > 128 or len(images) * 3 * height * width > IN_MEMORY_BYTES:
         return None
-    pixels = torch.empty(shape, dtype=torch.uint8)
+    pixels = torch.empty(len(images), 3, height, width, dtype=torch.uint8)
     for row, picture in zip(pixels, ahead(images.picture, range(len(images)), threads=8)):
-        if picture.size != first.size:
+        if picture.size != (width, height):
             return None
         row.copy_(TF.pil_to_tensor(picture))
     return pixels
@@ -291,27 +287,23 @@ def torchvision_set(name, root, train):
     """CIFAR-10, CIFAR-100 (with its 20 superclasses) or STL-10 as Images, downloaded on first use."""
     from torchvision import datasets
 
+    split = train if name != "stl10" else "train+unlabeled" if train else "test"
     if rank() > 0:
         all_reduce_sum(torch.zeros(1))  # waits until the first rank has downloaded the set
     try:
-        if name == "stl10":
-            data = datasets.STL10(root, "train+unlabeled" if train else "test", download=True)
-            pixels, labels = torch.from_numpy(data.data).contiguous(), torch.from_numpy(data.labels).long()[:, None]
-        else:
-            data = getattr(datasets, name.upper())(root, train, download=True)
-            pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
-            labels = torch.tensor(data.targets)[:, None]
+        data = getattr(datasets, name.upper())(root, split, download=True)
     except (OSError, RuntimeError) as error:
         raise Stop(f"{name} could not be downloaded to {root} ({error}): put it there by hand, "
                    "or give --data a folder of pictures") from error
     if rank() == 0:
         all_reduce_sum(torch.zeros(1))
-    class_names = [list(data.classes)]
+    pixels = torch.from_numpy(data.data if name == "stl10" else data.data.transpose(0, 3, 1, 2)).contiguous()
+    labels, class_names = [data.labels if name == "stl10" else data.targets], [list(data.classes)]
     if name == "cifar100":  # torchvision leaves the superclasses, which are in the same files, unread
-        split, meta = (pickle.loads(Path(root, data.base_folder, file).read_bytes(), encoding="latin1")
-                       for file in ("train" if train else "test", "meta"))
-        labels = torch.cat([torch.tensor(split["coarse_labels"])[:, None], labels], 1)
-        class_names = [meta["coarse_label_names"], *class_names]
+        coarse, meta = (pickle.loads(Path(root, data.base_folder, file).read_bytes(), encoding="latin1")
+                        for file in ("train" if train else "test", "meta"))
+        labels, class_names = [coarse["coarse_labels"], *labels], [meta["coarse_label_names"], *class_names]
+    labels = torch.stack([torch.as_tensor(level).long() for level in labels], 1)
     return Images([f"{i:05d}" for i in range(len(pixels))], labels, class_names, pixels=pixels)
 
 
@@ -334,16 +326,15 @@ def ahead(function, items, threads=1):
 
 
 def make_views(images, ids, planned, device, workers):
-    """Pictures `ids` (b,) -> (index (b,), [view (b, 3, S, S)]), a view for each (augmentation, draws) of `planned`.
+    """Pictures `ids` (b,) -> [view (b, 3, S, S)], one for each (augmentation, draws) of `planned`.
 
     Large pictures are decoded and cropped to bytes by `workers` threads; the rest is done on the device.
     """
     def crops(row):  # of one large picture, a crop for each view
-        picture = images.picture(int(ids[row]))
-        made = []
+        made, picture = [], images.picture(int(ids[row]))
         for view, draws in planned:
             u = draws["crop"][row:row + 1] if draws else None
-            top, left, h, w = view_boxes(u, picture.height, picture.width, view)[0].tolist()
+            top, left, h, w = crop_boxes(u, picture.height, picture.width, view)[0].tolist()
             crop = picture.resize((view.size, view.size), Image.Resampling.BILINEAR, (left, top, left + w, top + h))
             made.append(TF.pil_to_tensor(crop))
         return made
@@ -353,8 +344,7 @@ def make_views(images, ids, planned, device, workers):
         planned = [(view, {name: value for name, value in draws.items() if name != "crop"}) for view, draws in planned]
     else:
         pictures = [images.pixels[ids.to(images.pixels.device, non_blocking=True)]] * len(planned)
-    views = [render_view(x.to(device, non_blocking=True), draws, view) for x, (view, draws) in zip(pictures, planned)]
-    return images.index_of[ids].to(device, non_blocking=True), views  # last: reading may have replaced pictures
+    return [render_view(x.to(device, non_blocking=True), draws, view) for x, (view, draws) in zip(pictures, planned)]
 
 
 def batches(images, batch_size, augmentations, *, seed, epoch, start=0, device="cpu", workers=0):
@@ -368,12 +358,12 @@ def batches(images, batch_size, augmentations, *, seed, epoch, start=0, device="
 
     def batch(step):
         generator, ids = random_state(seed, epoch, step), order[step * batch_size:(step + 1) * batch_size]
-        made = []
+        views = []
         for own in [ids] if images.partner is None else [ids, images.partner[ids]]:
             planned = [(view, {name: value[mine] for name, value in draw_view(batch_size, view, generator).items()})
                        for view in augmentations]
-            made.append(make_views(images, own[mine], planned, device, workers))
-        return step, made[0][0], [view for _, views in made for view in views]
+            views += make_views(images, own[mine], planned, device, workers)
+        return step, images.index_of[ids[mine]].to(device, non_blocking=True), views  # reading may have changed it
 
     spare = images.pixels is None or torch.device(device).type != "cpu" or torch.get_num_threads() < os.cpu_count()
     yield from ahead(batch, range(start, len(images) // batch_size), threads=int(spare))
@@ -392,7 +382,7 @@ def extract_features(network, images, size, *, device="cpu", workers=0, batch_si
     rows = own if len(own) else torch.zeros(1, dtype=torch.long)  # without a picture look at one, for the width
     planned = [(Augmentation(size=size), {})]
     features = []
-    for _, (view,) in ahead(lambda ids: make_views(images, ids, planned, device, workers), rows.split(batch_size)):
+    for (view,) in ahead(lambda ids: make_views(images, ids, planned, device, workers), rows.split(batch_size)):
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
             features.append(network(view).float())
     network.train(training)
@@ -404,9 +394,8 @@ def extract_features(network, images, size, *, device="cpu", workers=0, batch_si
 
 
 # ---- views: every view is made on the device
-# `draw_view` draws every random number on the CPU, for the global batch: a dict of tensors whose first dimension is the
-# sample, so that a rank keeps its rows with {key: value[lo:hi]}. `render_view` turns uint8 images and these numbers
-# into a normalised batch on the images' device; it draws nothing, and nothing waits for the device.
+# `draw_view` draws every random number, `render_view` uses them and draws none, and nothing waits for the device. There
+# torch.lerp with weights of 0 and 1 stands for torch.where: as exact, and several times faster on the CPU.
 
 
 class Augmentation(NamedTuple):
@@ -426,12 +415,9 @@ class Augmentation(NamedTuple):
 
 
 def draw_view(n, augmentation, generator):
-    """Every random number of `n` views, drawn on the CPU: no device, rank or image size matters.
+    """Every random number of `n` views, on the CPU: {operation: (n, ...)}, without those that are switched off.
 
-    Keys, each with first dimension n: crop (n,10,4) uniform numbers for `crop_boxes`; flip (n,) bool; brightness,
-    contrast, saturation (n,) factors, 1 changes nothing; hue (n,) shift in turns; order (n,4), equal rows: the jitter
-    operations are ordered anew for every call, not for every sample; gray (n,) bool; blur (n,) sigma in pixels, 0 for
-    none; solarize (n,) threshold, 2 for none; shuffle (n,3) channels. An operation that is switched off has no key.
+    Nothing depends on a device, a rank or a picture's size: a rank takes its rows of the global batch's.
     """
     a = augmentation
 
@@ -441,33 +427,38 @@ def draw_view(n, augmentation, generator):
     def chosen(p):
         return uniform(0, 1) < p
 
-    draws = {"crop": uniform(0, 1, 10, 4)}
+    draws = {"crop": uniform(0, 1, 10, 4)}  # for `crop_boxes`
     if a.flip > 0:
         draws["flip"] = chosen(a.flip)
     if a.jitter_p > 0 and max(a.jitter) > 0:
         jittered = chosen(a.jitter_p)
-        for name, s in zip(("brightness", "contrast", "saturation"), a.jitter):
+        for name, s in zip(("brightness", "contrast", "saturation"), a.jitter):  # factors, 1 changes nothing
             draws[name] = torch.where(jittered, uniform(max(0.0, 1 - s), 1 + s), 1.0)
-        draws["hue"] = torch.where(jittered, uniform(-a.jitter[3], a.jitter[3]), 0.0)
-        draws["order"] = torch.randperm(4, generator=generator).repeat(n, 1)
+        draws["hue"] = torch.where(jittered, uniform(-a.jitter[3], a.jitter[3]), 0.0)  # a shift, in turns
+        draws["order"] = torch.randperm(4, generator=generator).repeat(n, 1)  # of the four: one a call, not a sample
     if a.gray_p > 0:
         draws["gray"] = chosen(a.gray_p)
     if a.blur_p > 0:
-        draws["blur"] = torch.where(chosen(a.blur_p), uniform(*a.blur_sigma), 0.0)
+        draws["blur"] = torch.where(chosen(a.blur_p), uniform(*a.blur_sigma), 0.0)  # sigma in pixels, 0 for none
     if a.solarize_p > 0:
-        draws["solarize"] = torch.where(chosen(a.solarize_p), 0.5, 2.0)
+        draws["solarize"] = torch.where(chosen(a.solarize_p), 0.5, 2.0)  # the threshold, 2 for none
     if a.shuffle_p > 0:
-        shuffled = uniform(0, 1, 3).argsort(1)
+        shuffled = uniform(0, 1, 3).argsort(1)  # (n, 3) channels
         draws["shuffle"] = torch.where(chosen(a.shuffle_p)[:, None], shuffled, torch.arange(3))
     return draws
 
 
-def crop_boxes(u, height, width, scale, ratio):
+def crop_boxes(u, height, width, augmentation):
     """Random resized crop: u (n,10,4) in [0,1) -> boxes (n,4) int64, (row, column, height, width).
 
     Each of ten tries takes four numbers: area, aspect (uniform in its logarithm), row and column. The first try that
-    fits is the box; if none does, the largest central box within the range of aspects.
+    fits is the box; if none does, the largest central box within the range of aspects. u None, to look without
+    chance: (1,4), the central square, for views from 96 px on its middle 7/8, as 224 of 256.
     """
+    scale, ratio = augmentation.scale, augmentation.ratio
+    if u is None:
+        side = round(min(height, width) * (0.875 if augmentation.size >= 96 else 1))
+        return torch.tensor([[(height - side) // 2, (width - side) // 2, side, side]])
     area = height * width * (scale[0] + (scale[1] - scale[0]) * u[..., 0])  # (n, 10)
     aspect = ratio[0] * (ratio[1] / ratio[0]) ** u[..., 1]
     h, w = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
@@ -475,20 +466,10 @@ def crop_boxes(u, height, width, scale, ratio):
     row = (u[..., 2] * (height - h + 1)).floor().minimum(height - h)  # minimum: u may round up to 1
     column = (u[..., 3] * (width - w + 1)).floor().minimum(width - w)
     tries = torch.stack([row, column, h, w], dim=-1).long()  # (n, 10, 4)
-    first = tries[torch.arange(len(u), device=u.device), fits.int().argmax(1)]  # (n, 4)
+    first = tries[torch.arange(len(u)), fits.int().argmax(1)]  # (n, 4)
     h, w = min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))
-    central = torch.tensor([(height - h) // 2, (width - w) // 2, h, w], device=u.device)
+    central = torch.tensor([(height - h) // 2, (width - w) // 2, h, w])
     return torch.where(fits.any(1, keepdim=True), first, central)
-
-
-def view_boxes(u, height, width, augmentation):
-    """Boxes (n,4) of views by their numbers u (n,10,4), or, where u is None, (1,4): what is looked at without chance,
-    the central square, from 96 px on its middle 7/8, as 224 of 256.
-    """
-    if u is not None:
-        return crop_boxes(u, height, width, augmentation.scale, augmentation.ratio)
-    side = round(min(height, width) * (0.875 if augmentation.size >= 96 else 1))
-    return torch.tensor([[(height - side) // 2, (width - side) // 2, side, side]])
 
 
 def resize_weights(start, length, total, size):
@@ -519,26 +500,36 @@ def resized_crop(images, boxes, size):
     return down[:, None] @ images.view(n, channels, height, size)
 
 
-def blend(images, other, factor):
-    """factor * images + (1 - factor) * other, clipped to [0,1]; factor (n,), 1 keeps the images."""
-    return torch.lerp(other, images, factor.view(-1, 1, 1, 1)).clamp_(0, 1)
+def blend(images, gray, factor):
+    """factor * images + (1 - factor) * gray, clipped to [0,1]; factor (n,), 1 keeps the images."""
+    gray = gray.expand(len(images), 1, *images.shape[2:]).contiguous()  # lerp is slow where a row is one number
+    return torch.lerp(gray, images, factor.view(-1, 1, 1, 1)).clamp_(0, 1)
 
 
 def adjust_hue(images, shift):
     """Turn the hue by `shift` (n,), in turns of the colour circle; value and saturation stay."""
     r, g, b = images.unbind(1)  # each (n, H, W)
-    value, smallest = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
+    value, smallest = images.amax(1), images.amin(1)
     chroma = value - smallest
+    red, green = (torch.eq(value, x, out=torch.empty_like(value)) for x in (r, g))  # 1 where it is the largest, or 0
     # The hue in sixths of a turn: 0 at red, 2 at green, 4 at blue. Gray has none, any will do.
-    hue = torch.where(value == g, (b - r).add_(chroma, alpha=2), (r - g).add_(chroma, alpha=4))
-    hue = torch.where(value == r, g - b, hue) / chroma.clamp(min=1e-12)
-    turn = hue / 6 + shift.view(-1, 1, 1)
+    hue = torch.lerp((r - g).add_(chroma, alpha=4), (b - r).add_(chroma, alpha=2), green).lerp_(g - b, red)
+    turn = hue.div_(chroma.clamp(min=1e-12)).div_(6).add_(shift.view(-1, 1, 1))
     # Back: a channel stands at `value` up to a sixth of a turn from its own hue, at `smallest` from two sixths on.
     # 2.5 makes the numbers positive, and half a turn puts distance 0 at frac = 0.5.
     own = torch.arange(3, dtype=images.dtype, device=images.device).view(1, 3, 1, 1) / 3
     distance = (turn[:, None] + (2.5 - own)).frac_().sub_(0.5).abs_()  # (n, 3, H, W), turns
     share = distance.mul_(-6).add_(2).clamp_(0, 1)
     return torch.addcmul(smallest[:, None], chroma[:, None], share)
+
+
+GRAY = TF.rgb_to_grayscale  # (n,3,H,W) -> (n,1,H,W)
+JITTER = {  # each takes factors or shifts (n,); the order of the names is the meaning of draws["order"]
+    "brightness": lambda images, factor: blend(images, images.new_zeros(1), factor),
+    "contrast": lambda images, factor: blend(images, GRAY(images).mean((1, 2, 3), keepdim=True), factor),
+    "saturation": lambda images, factor: blend(images, GRAY(images), factor),
+    "hue": adjust_hue,
+}
 
 
 def gaussian_blur(images, sigma, kernel_size):
@@ -554,21 +545,11 @@ def gaussian_blur(images, sigma, kernel_size):
 
 
 def normalize_pixels(images):
-    """float images in [0,1] -> what networks are fed: zero mean, about unit deviation, laid out for convolutions.
+    """float images in [0,1] -> what networks are fed: about zero mean and unit deviation, laid out for convolutions.
 
-    One mean and deviation for every data set and channel: nothing to keep with a checkpoint, gray stays gray, and the
-    BatchNorm after the first convolution absorbs what is left.
+    One mean and deviation for every data set and channel: nothing to keep with a checkpoint, and gray stays gray.
     """
-    return ((images - 0.5) / 0.25).contiguous(memory_format=torch.channels_last)
-
-
-GRAY = TF.rgb_to_grayscale  # (n,3,H,W) -> (n,1,H,W)
-JITTER = {  # each takes factors or shifts (n,); the order of the names is the meaning of draws["order"]
-    "brightness": lambda images, factor: blend(images, torch.zeros_like(images), factor),
-    "contrast": lambda images, factor: blend(images, GRAY(images).mean((1, 2, 3), keepdim=True), factor),
-    "saturation": lambda images, factor: blend(images, GRAY(images), factor),
-    "hue": adjust_hue,
-}
+    return (images - 0.5).div_(0.25).contiguous(memory_format=torch.channels_last)
 
 
 def render_view(images, draws, augmentation):
@@ -581,24 +562,25 @@ def render_view(images, draws, augmentation):
         parts = zip(images.split(most), *(v.split(most) for v in draws.values()))
         return torch.cat([render_view(part, dict(zip(draws, own)), augmentation) for part, *own in parts])
     d = {key: v.to(images.device, non_blocking=True) for key, v in draws.items()}
-    if "shuffle" in d:
-        images = images.gather(1, d["shuffle"][:, :, None, None].expand_as(images))
-    x = images.float() / 255
+    if "shuffle" in d:  # of all planes, the three of the first image, of the second, ...
+        planes = 3 * torch.arange(len(images), device=images.device)[:, None] + d["shuffle"]
+        images = images.flatten(0, 1).index_select(0, planes.flatten()).view_as(images)
+    x = images.float().div_(255)
     if "crop" in d or x.shape[2:] != (size, size):
-        boxes = view_boxes(draws.get("crop"), *images.shape[2:], augmentation).expand(len(x), 4)
+        boxes = crop_boxes(draws.get("crop"), *images.shape[2:], augmentation).expand(len(x), 4)
         x = resized_crop(x, boxes.to(x.device, non_blocking=True), size)
     if "flip" in d:
-        x = torch.where(d["flip"].view(-1, 1, 1, 1), x.flip(3), x)
+        x = torch.lerp(x, x.flip(3), d["flip"].float().view(-1, 1, 1, 1))
     for place in draws["order"][0].tolist() if "order" in d else ():
         name = [*JITTER][place]
         x = JITTER[name](x, d[name])
     if "gray" in d:
-        x = torch.where(d["gray"].view(-1, 1, 1, 1), GRAY(x), x)
+        x = torch.lerp(x, GRAY(x), d["gray"].float().view(-1, 1, 1, 1))
     if "blur" in d and draws["blur"].any():
-        rows = draws["blur"].nonzero().squeeze(1).to(x.device, non_blocking=True)  # found on the CPU: nothing waits
+        rows = draws["blur"].nonzero().squeeze(1).to(x.device, non_blocking=True)  # found on the CPU
         x[rows] = gaussian_blur(x[rows], d["blur"][rows], 2 * (size // 20) + 1)  # a tenth of the image, odd
     if "solarize" in d:
-        x = torch.where(x >= d["solarize"].view(-1, 1, 1, 1), 1 - x, x)
+        x = torch.lerp(x, 1 - x, (x >= d["solarize"].view(-1, 1, 1, 1)).float())
     return normalize_pixels(x)
 
 

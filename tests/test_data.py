@@ -142,6 +142,15 @@ def test_ranks_know_all_unreadable_pictures_and_name_each_once(tmp_path):
     assert alone[:3] == one[:3]
 
 
+@pytest.mark.parametrize("first", (6, 7))
+def test_the_next_picture_that_can_be_read_stands_in_whichever_is_met_first(first, tmp_path):
+    """Two in a row, and the last one, after which the first comes."""
+    images, _ = common.load_data(str(plain_folder(tmp_path / "pictures", 300, damaged=(6, 7, 299))))
+    for i in (first, 6, 7, 299):
+        assert images.picture(i) == images.picture((i + 1) % 300)
+    assert images.index_of.tolist() == [*range(6), 8, 8, *range(8, 299), 0] and sorted(images.unreadable) == [6, 7, 299]
+
+
 def test_the_limit_of_unreadable_pictures_counts_those_of_all_ranks(tmp_path):
     """Two of 240 are allowed; one rank meets one, the other two: both stop, with all three names."""
     folder = plain_folder(tmp_path / "pictures", 240, damaged=(10, 150, 200))
@@ -382,5 +391,5 @@ def test_data_that_is_deleted_is_one_sentence(tmp_path):
     for path in folder.iterdir():
         path.unlink()
     for workers in (0, 1):
-        with pytest.raises(common.Stop, match="^no picture can be read from .*: mend or remove them$"):
+        with pytest.raises(common.Stop, match="^. of 12 pictures cannot be read.*no regular file.*: mend or remove"):
             one_epoch(images, workers)

@@ -150,8 +150,8 @@ def test_no_batch_waits_for_its_device(inside, tmp_path):
     view = common.Augmentation(size=16)
     planned = [(view, common.draw_view(5, view, torch.Generator().manual_seed(0)))] * 2 + [(view, {})]
     with Watch():
-        index, views = common.make_views(images, torch.arange(3, 8), planned, DEVICE, workers=2)
-    assert {x.device for x in (index, *views)} == {DEVICE} and [len(x) for x in views] == [5, 5, 5]
+        views = common.make_views(images, torch.arange(3, 8), planned, DEVICE, workers=2)
+    assert {x.device for x in views} == {DEVICE} and [len(x) for x in views] == [5, 5, 5]
 
 
 WAITING = {

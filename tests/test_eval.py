@@ -163,10 +163,10 @@ def test_stratified_takes_the_share_of_every_class():
 def test_a_part_keeps_pictures_and_labels_together():
     images = common.Images(list("abcd"), torch.tensor([[0], [1], [0], [2]]), [list("xyz")],
                            pixels=torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 2, 2))
-    images.replace({1: (2, "torn")})  # b cannot be read, c stands in for it: picture and label
+    images.replace({1: "torn"})  # b cannot be read, c stands in for it: picture and label
     part = images.part(torch.tensor([1, 3]))
     assert part.names == ["b", "d"] and part.labels.tolist() == [[0], [2]]
-    assert part.pixels[:, 0, 0, 0].tolist() == [1, 3] and part.index_of.tolist() == [0, 1]
+    assert part.pixels[:, 0, 0, 0].tolist() == [2, 3] and part.index_of.tolist() == [0, 1]
     assert part.unreadable == {0: "torn"}  # is counted
     assert images.part(torch.arange(4)) is images
 

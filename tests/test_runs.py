@@ -736,7 +736,7 @@ def test_nothing_but_unreadable_pictures(tmp_path):
     (tmp_path / "bad").mkdir()
     for i in range(3):
         (tmp_path / "bad" / f"{i}.png").write_bytes(b"not a picture")
-    refused(tmp_path, SCRIPTS[0], arguments(SCRIPTS[0], "bad", "run"), "no picture can be read")
+    refused(tmp_path, SCRIPTS[0], arguments(SCRIPTS[0], "bad", "run"), "2 of 3 pictures cannot be read")
 
 
 def test_a_picture_that_claims_to_be_huge(copied, tmp_path):

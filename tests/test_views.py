@@ -24,7 +24,7 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def slow_crop_box(u, height, width, scale, ratio):
+def slow_crop_box(u, height, width, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3)):
     """One sample, try by try, as the definition reads."""
     for area, aspect, row, column in u.tolist():
         area = height * width * (scale[0] + (scale[1] - scale[0]) * area)
@@ -43,9 +43,8 @@ def slow_crop_box(u, height, width, scale, ratio):
 @pytest.mark.parametrize("height, width", [(32, 32), (40, 23), (12, 90), (90, 12)])
 def test_crop_boxes_equal_the_definition(height, width):
     u = torch.rand(300, 10, 4, generator=generator()).double()
-    scale, ratio = (0.2, 1.0), (3 / 4, 4 / 3)
-    boxes = crop_boxes(u, height, width, scale, ratio)
-    assert boxes.tolist() == [slow_crop_box(row, height, width, scale, ratio) for row in u]
+    boxes = crop_boxes(u, height, width, Augmentation())
+    assert boxes.tolist() == [slow_crop_box(row, height, width) for row in u]
     row, column, h, w = boxes.unbind(1)
     assert (row >= 0).all() and (column >= 0).all() and (h > 0).all() and (w > 0).all()
     assert (row + h <= height).all() and (column + w <= width).all()
@@ -53,7 +52,7 @@ def test_crop_boxes_equal_the_definition(height, width):
 
 def test_crop_boxes_keep_area_and_aspect_and_fall_back_to_the_centre():
     u = torch.rand(2000, 10, 4, generator=generator())
-    row, column, h, w = crop_boxes(u, 200, 200, (0.2, 0.6), (3 / 4, 4 / 3)).double().unbind(1)
+    row, column, h, w = crop_boxes(u, 200, 200, Augmentation(scale=(0.2, 0.6))).double().unbind(1)
     share = h * w / 200**2
     assert 0.195 < share.min() < 0.21 and 0.59 < share.max() < 0.605
     assert abs(share.mean() - 0.4) < 0.01  # uniform in area
@@ -61,7 +60,7 @@ def test_crop_boxes_keep_area_and_aspect_and_fall_back_to_the_centre():
     assert abs((w / h).log().mean()) < 0.01  # as often wide as tall
     assert row.min() == 0 and (row + h).max() == 200
     # No box of 90 to 100 % of a 4:1 picture has an aspect near 1: the central 4:3 box.
-    boxes = crop_boxes(u[:3], 30, 120, (0.9, 1.0), (3 / 4, 4 / 3))
+    boxes = crop_boxes(u[:3], 30, 120, Augmentation(scale=(0.9, 1.0)))
     assert boxes.tolist() == [[0, 40, 30, 40]] * 3
 
 
@@ -74,7 +73,7 @@ def slow_view(image, draw, augmentation):
     """One sample through torchvision's functions, in the order the draws name."""
     x = image.float() / 255
     x = x[draw["shuffle"]]
-    box = crop_boxes(draw["crop"][None], *x.shape[1:], augmentation.scale, augmentation.ratio)[0]
+    box = crop_boxes(draw["crop"][None], *x.shape[1:], augmentation)[0]
     x = TF.resized_crop(x, *box.tolist(), [augmentation.size] * 2, antialias=True)
     if draw["flip"]:
         x = TF.hflip(x)
