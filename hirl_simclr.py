@@ -221,7 +221,7 @@ def main(args):
             z1, z2 = F.normalize(raw, dim=1), F.normalize(raw2, dim=1)
 
             # ---- [method] base loss
-            everyone = map(common.all_gather_rows_with_grad, (z1, z2))  # of all processes
+            everyone = [common.all_gather_rows(z, equal=True) for z in (z1, z2)]  # of all processes
             losses = {"simclr": nt_xent(*everyone, args.temperature)}
             watched = {"feature_std": plumbing.feature_std(z1)}
 

@@ -345,7 +345,7 @@ def simclr_gradients():
     x = torch.randn(2, 12, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     views = x[:, common.local_rows(12)].flatten(0, 1)
     z1, z2 = F.normalize(network(views), dim=1).chunk(2)
-    loss = hirl_simclr.nt_xent(*map(common.all_gather_rows_with_grad, (z1, z2)), 0.2)
+    loss = hirl_simclr.nt_xent(*[common.all_gather_rows(z, equal=True) for z in (z1, z2)], 0.2)
     loss.backward()
     plumbing.average_gradients(network.parameters())
     return dict(loss=loss.detach(), grads=[p.grad for p in network.parameters()])
@@ -364,7 +364,7 @@ def gather_with_gradient():
     """Each rank weighs the gathered rows in its own way."""
     rank, size = common.rank(), common.processes()
     rows = (torch.arange(4.0).view(2, 2) + 10 * rank).requires_grad_()
-    everyone = common.all_gather_rows_with_grad(rows)
+    everyone = common.all_gather_rows(rows, equal=True)
     (everyone.T * torch.arange(1.0, 2 * size + 1) * 10**rank).sum().backward()  # a transposed gradient as well
     return dict(rows=everyone.detach(), grad=rows.grad)
 
@@ -375,7 +375,7 @@ def test_gathered_rows_send_their_gradients_home(tmp_path):
         weight = torch.tensor([1.0, 2]) + 2 * rank  # of its rows, from rank 0 once and from rank 1 ten times
         assert torch.equal(found["grad"], 11 * weight[:, None].expand(2, 2))
     x = torch.ones(2, 2, requires_grad=True)
-    assert common.all_gather_rows_with_grad(x) is x  # one process: nothing happens
+    assert common.all_gather_rows(x, equal=True) is x  # one process: nothing happens
 
 
 def neighbours_of_uneven_shares():
