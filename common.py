@@ -88,8 +88,8 @@ differentiable_sum = differentiable_sum_.apply  # all_reduce_sum of a copy, thro
 def all_gather_rows(tensor, equal=False):
     """Rows of all ranks in rank order; gradients flow back to the rank that holds the row.
 
-    equal: as many rows from each, so that none has to ask. A loss of all rows, computed alike on every rank, comes back
-    as `size` times its gradient: what `average_gradients` divides by `size` again, so that G ranks train as one would.
+    equal: as many rows from each, so that none has to ask. A loss of all rows, computed alike on each of G ranks, comes
+    back as G times its gradient: `average_gradients` divides by G again, so that they train as one would.
     """
     if processes() == 1:
         return tensor
@@ -692,9 +692,8 @@ def take(x, ids):
 
 
 def checked(x, task):
-    """Rows x (n, D), a tensor or memory map of any float type -> the tensor, the number of rows of all ranks.
-
-    ValueError, with the name of the task, unless all are finite.
+    """Rows (n, D), a tensor or memory map of any float type -> the tensor, the number of rows of all ranks; ValueError
+    with the name of the task unless all are finite.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of memory maps that cannot be written; nobody writes here
@@ -709,14 +708,14 @@ def checked(x, task):
 
 
 def greedy_seeds(x, weight, k, generator):
-    """Batched greedy k-means++ of rows (n, D) with weights (n,), under a process group this rank's -> (k, D).
+    """Batched greedy k-means++ of this rank's rows (n, D) with weights (n,) -> (k, D), of the rows of all ranks.
 
-    From twelve rows a seed on, a sample of so many is enough. Each of eight rounds draws three times as many rows as it
-    needs, with chance proportional to weight times squared distance to the nearest seed, sends every row to the nearest
-    drawn one, and keeps the drawn rows that lower the distances most. When no row has both weight and distance left,
-    the other seeds are the mean.
+    Each of eight rounds draws three times as many rows as it needs, with chance proportional to weight times squared
+    distance to the nearest seed, sends every row to the nearest drawn one, and keeps the drawn rows that lower the
+    distances most. When no row has both weight and distance left, the other seeds are the mean.
     """
-    weight, size = all_gather_rows(weight.to(x.device).float()), max(2 * k, min(12 * k, 2**27 // x.shape[1]))
+    weight = all_gather_rows(weight.to(x.device, torch.float32))  # (N,)
+    size = max(2 * k, min(12 * k, 2**27 // x.shape[1]))  # twelve rows a seed are enough
     sample = torch.randperm(len(weight), generator=generator)[:size].sort().values.to(x.device)
     x, weight = take(x, sample)[0].float(), weight[sample]
     mean, each = x.mean(0), -(-k // 8)
@@ -740,16 +739,17 @@ def kmeans(x, k, *, iterations=20, seed=0, init=None, exact=False):
 
     x (N, D) of any float type, a tensor or numpy memory map, read in blocks; under a process group this rank's share,
     of any size. init (k, D) is the start, else greedy seeds. From k = 1000 on, unless exact=True, only every sixth pass
-    searches all centroids, the others a row's four candidates; from init, which may be far from the end, there are a
-    fifth more passes; and it ends when less than a thousandth of the rows moves. No cluster is empty, unless x has
-    fewer distinct rows than k (a warning says so); rows closer than a millionth of their length count as equal.
+    searches all centroids, the others a row's four candidates; with init there are a fifth more passes; it ends when
+    less than a thousandth of the rows moves. No cluster is empty, unless x has fewer distinct rows than k (a warning
+    says so); rows closer than a millionth of their length count as equal.
     ValueError: k < 1, k > N, no rows, rows with NaN, infinity or too large numbers, init of another shape.
     """
     x, total = checked(x, "k-means")
     if not 1 <= k <= total:
         raise ValueError(f"k-means: cannot make {k} clusters of {total} rows")
     generator, half, quick = torch.Generator().manual_seed(seed), x.is_cuda, k >= 1000 and not exact
-    passes = iterations if init is None or not quick else iterations * 6 // 5
+    far = quick and init is not None  # farther from the end than greedy seeds
+    passes = iterations * 6 // 5 if far else iterations
     if init is None:
         init = greedy_seeds(x, torch.ones(len(x)), k, generator)
     centroids = torch.as_tensor(init).to(x.device, torch.float32, copy=True)
@@ -758,7 +758,7 @@ def kmeans(x, k, *, iterations=20, seed=0, init=None, exact=False):
     label, refilled = torch.zeros(len(x), dtype=torch.long, device=x.device), False
     for step in itertools.count():
         last = step >= passes
-        scan = last or refilled or not quick or step % 6 == 0
+        scan = last or refilled or not quick or step % 6 == 0 or far and step == 1
         careful = half or refilled  # scores may err, and cannot tell very close centroids apart
         if scan:
             listed = near_centroids(x, centroids, 4 if quick or careful else 1, half)
@@ -971,7 +971,7 @@ def largest_products(x, test, k):
     x (n, D) is this rank's share of the rows, test is the same on every rank. In chunks of 2^26 products.
     """
     found = [(part @ x.T).topk(min(k, len(x)), dim=1) for part in test.split(max(1, 2**26 // max(1, len(x))))]
-    value, row = (torch.cat(part) for part in zip(*found))
+    value, row = map(torch.cat, zip(*found))
     value, row = (all_gather_rows(part.T.contiguous()).T for part in (value, row + rows_before(x)))
     value, best = value.topk(k, dim=1)
     return value, row.gather(1, best)
@@ -1040,8 +1040,7 @@ def knn_classify(train_x, train_y, test_x, classes, *, k=20, temperature=0.07):
     if not 1 <= k <= len(train_y):
         raise ValueError(f"k = {k} neighbours of {len(train_y)} training rows: k must be in 1..N")
     sim, row = largest_products(F.normalize(train_x, dim=1), F.normalize(test_x, dim=1), k)
-    sim, row = sim.to(train_y.device), row.to(train_y.device)
-    return knn_votes(sim, train_y[row], classes, temperature)
+    return knn_votes(sim.to(train_y.device), train_y[row.to(train_y.device)], classes, temperature)
 
 
 @torch.no_grad()
@@ -1059,7 +1058,8 @@ def knn_accuracy(train, test, features, *, k=20, temperature=0.07):
     else:
         held_out = torch.arange(len(y)) % 10 == 0
         test_x, test_y, use = x[held_out[mine]], y[held_out], use & ~held_out
-    x, y, test_x, accuracy = x[use[mine]], y[use], all_gather_rows(test_x), []
+    x, y, test_x = x[use[mine]], y[use], all_gather_rows(test_x)
+    accuracy = []
     for depth, names in enumerate(train.class_names):
         votes = knn_classify(x, y[:, depth], test_x, len(names), k=min(k, len(y)), temperature=temperature)
         accuracy.append(round(100 * (votes.argmax(1) == test_y[:, depth]).double().mean().item(), 2))
