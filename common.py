@@ -2,14 +2,13 @@
 
 Read a script first (hirl_moco.py), and come here when you want to know how a helper does it. Functions are pure where
 they can be: tensors and numbers in, tensors out, randomness through a generator or an argument that is already drawn.
-Networks are in networks.py; what surrounds a run (arguments, run folder, checkpoint, log) is in plumbing.py.
+Below it is ranks.py (several processes as one); above it plumbing.py (what surrounds a run: arguments, log, ...).
 
 Letters: B batch, D embedding, F backbone feature, N images, L levels, K_l clusters at level l, M negative paths,
 V views, H W picture height and width, S side of a view. Rows are items, always.
 Levels of the tree count from the finest (level 0) up; labels count from the coarsest (depth 0) down.
 """
 
-import functools
 import hashlib
 import itertools
 import math
@@ -26,13 +25,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from PIL import Image
 from torch import Tensor
 
+import ranks
+from ranks import all_gather_rows, all_reduce_sum, local_rows, processes, random_state, rank, rows_before
 from textures import TEXTURE_NAMES, textures
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -45,71 +44,6 @@ class Stop(Exception):
     def __init__(self, sentence, code=2):
         super().__init__(sentence)
         self.code = code
-
-
-# ---- ranks: nothing happens at world size 1
-def processes():
-    """How many processes train together: 1, or what torchrun was told."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def rank():
-    """The number of this process, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def local_rows(n):
-    """This rank's slice of n rows: contiguous, sizes differ by at most one."""
-    return slice(n * rank() // processes(), n * (rank() + 1) // processes())
-
-
-def all_reduce_sum(tensor):
-    """Sum over ranks, in place; the same on every rank."""
-    if processes() > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-
-class differentiable_sum_(torch.autograd.Function):
-    """Sum over ranks; the gradient of a sum over ranks is the sum over ranks of the gradients."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return all_reduce_sum(x.clone())
-
-    @staticmethod
-    def backward(ctx, grad):
-        return all_reduce_sum(grad.clone(memory_format=torch.contiguous_format))
-
-
-differentiable_sum = differentiable_sum_.apply  # all_reduce_sum of a copy, through which gradients flow
-
-
-def all_gather_rows(tensor, equal=False):
-    """Rows of all ranks in rank order; gradients flow back to the rank that holds the row.
-
-    equal: as many rows from each, so that none has to ask. A loss of all rows, computed alike on every rank, comes back
-    as `size` times its gradient: what `plumbing.average` divides by `size` again, so that G ranks train as one would.
-    """
-    if processes() == 1:
-        return tensor
-    counts = [len(tensor)] * processes() if equal else all_gather_rows(torch.tensor([len(tensor)]), equal=True).tolist()
-    before, after = (tensor.new_zeros(sum(c), *tensor.shape[1:]) for c in (counts[:rank()], counts[rank() + 1:]))
-    return differentiable_sum(torch.cat([before, tensor, after]))
-
-
-all_gather_rows_with_grad = functools.partial(all_gather_rows, equal=True)  # batch rows: as many on every rank
-
-
-def rows_before(x):
-    """How many rows the ranks before this one hold."""
-    return int(all_gather_rows(torch.tensor([len(x)]), equal=True)[:rank()].sum())
-
-
-def random_state(seed, *place, device="cpu"):
-    """A generator that depends on the seed and the place (epoch, step, ...) alone; `device` for large draws."""
-    digest = hashlib.blake2b(repr((seed, *place)).encode(), digest_size=7).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
 
 
 # ---- data: pictures, their names, and labels coarse to fine
@@ -176,9 +110,7 @@ class Images:
 
     def agree(self):
         """All ranks together: what one could not read is noted by all, and each picture is named once."""
-        tables = [self.unreadable] * processes()
-        if processes() > 1 and self.pixels is None:  # in memory there is nothing left to find
-            dist.all_gather_object(tables, self.unreadable)
+        tables = ranks.all_gather_objects(self.unreadable) if self.pixels is None else ()  # else all were read
         self.replace({i: why for table in tables for i, why in table.items() if i not in self.unreadable})
         for i in sorted(self.unreadable.keys() - self.named) if rank() == 0 else ():
             print(f"unreadable picture, using its neighbour: {self.names[i]} ({self.unreadable[i]})", file=sys.stderr)
@@ -288,15 +220,12 @@ def torchvision_set(name, root, train):
     from torchvision import datasets
 
     split = train if name != "stl10" else "train+unlabeled" if train else "test"
-    if rank() > 0:
-        all_reduce_sum(torch.zeros(1))  # waits until the first rank has downloaded the set
     try:
-        data = getattr(datasets, name.upper())(root, split, download=True)
+        with ranks.first_rank_first():  # it downloads
+            data = getattr(datasets, name.upper())(root, split, download=True)
     except (OSError, RuntimeError) as error:
         raise Stop(f"{name} could not be downloaded to {root} ({error}): put it there by hand, "
                    "or give --data a folder of pictures") from error
-    if rank() == 0:
-        all_reduce_sum(torch.zeros(1))
     pixels = torch.from_numpy(data.data if name == "stl10" else data.data.transpose(0, 3, 1, 2)).contiguous()
     labels, class_names = [data.labels if name == "stl10" else data.targets], [list(data.classes)]
     if name == "cifar100":  # torchvision leaves the superclasses, which are in the same files, unread
@@ -607,44 +536,40 @@ def near_centroids(x, centroids, top=1, half=False):
     # lowest. W is 32, 64, ...: other widths are several times slower.
     width = -(-k // 8) * 8 if k < 256 else 32 * math.ceil(k**0.5 / 32)
     strips = -(-k // width)
-    ids = torch.arange(width * strips, device=mean.device).view(width, strips).T.flatten().clamp(max=k - 1)
+    ids = torch.arange(width * strips, device=x.device).view(width, strips).T.flatten().clamp(max=k - 1)
     c = (centroids - mean)[ids]  # (S*W, D); the last centroid fills up
     if half:
-        length = torch.cat([(y.to(mean) - mean).norm(dim=1) for y in (*x.split(2**16), centroids)])
+        length = torch.cat([(y.float() - mean).norm(dim=1) for y in (*x.split(2**16), centroids)])
         half = bool(length.max() < 1000 * length.median())  # else most rows drown in float16's coarse small numbers
         scale = 100 / length.max() if half else 1.0  # scores up to 1.5e4 do not overflow
     c, kind = c * scale, torch.float16 if half else torch.float32
     bias = -0.5 * c.square().sum(1) - (0 if half else c @ mean)  # float32: the same scores from rows as they are
     bias, c = bias.to(kind), c.T.to(kind)
-    step = max((2**27 if c.is_cuda else 2**19) // len(ids), min(1024, 2**27 // len(ids)), 1)
+    step = max((2**27 if x.is_cuda else 2**19) // len(ids), min(1024, 2**27 // len(ids)), 1)
     scores, found = c.new_empty(min(step, len(x)), len(ids)), []  # the memory of every chunk
     for y in x.split(step):
-        y = ((y.to(mean) - mean) * scale).half() if half else y.to(mean)
+        y = ((y.float() - mean) * scale).half() if half else y.float()
         score = torch.addmm(bias, y, c, out=scores[:len(y)]).view(-1, strips, width)
-        best = score.amax(1) if strips > 1 else score[:, 0]  # (n, W)
-        block = [best.max(1, keepdim=True).indices]  # the lowest of equal ones, which topk does not promise
-        while len(block) < min(top, width):
-            block.append(best.scatter_(1, block[-1], -math.inf).max(1, keepdim=True).indices)
-        block = torch.cat(block, 1)  # (n, top)
-        if strips > 1:
-            block = block * strips + score.gather(2, block[:, None].expand(-1, strips, -1)).argmax(1)
-        found.append(block.clamp_(max=k - 1))
-    return torch.cat(found)
+        best, blocks = score.amax(1) if strips > 1 else score[:, 0], []  # (n, W)
+        for _ in range(min(top, width)):
+            blocks.append(best.max(1, keepdim=True).indices)  # the lowest of equal ones, which topk does not promise
+            best.scatter_(1, blocks[-1], -math.inf)
+        block = torch.cat(blocks, 1)  # (n, top)
+        found.append(block * strips + score.gather(2, block[:, None].expand(-1, strips, -1)).argmax(1))
+    return torch.cat(found).clamp_(max=k - 1)
 
 
 def nearest_listed(x, centroids, listed):
     """(n, D) rows, (n, T) ids -> (n,) the nearest of each row's list, by true differences; (n,) its distance^2, 0
     below a millionth of the centroid's length: that is rounding.
     """
-    label, least = [], []
-    step = max(1, (2**25 if centroids.is_cuda else 2**18) // x.shape[1])
+    found, step = [], max(1, (2**25 if x.is_cuda else 2**18) // x.shape[1])
     for y, ids in zip(x.split(step), listed.sort(1).values.split(step)):  # sorted: ties to the lowest id
-        y = y.to(centroids)
+        y = y.float()
         d2 = torch.stack([(y - centroids.index_select(0, column)).square_().sum(1) for column in ids.T], 1)  # (n, T)
-        value, place = d2.min(1, keepdim=True)
-        label.append(ids.gather(1, place)[:, 0])
-        least.append(value[:, 0])
-    label, least = torch.cat(label), torch.cat(least)
+        least, place = d2.min(1)
+        found.append((ids.gather(1, place[:, None])[:, 0], least))
+    label, least = map(torch.cat, zip(*found))
     return label, least.where(least > 1e-12 * centroids.square().sum(1)[label], 0)
 
 
@@ -656,7 +581,7 @@ def cluster_sums(x, label, k):
         start = torch.searchsorted(own, torch.arange(k + 1, device=own.device))
         # bags of at most 256 rows, then bags of these: parallel for few large clusters, and less rounding
         cut = torch.cat([start[:-1], torch.arange(0, len(own), 256, device=own.device)]).sort().values
-        part = F.embedding_bag(order, y.to(own.device, torch.float32), cut, mode="sum")
+        part = F.embedding_bag(order, y.float(), cut, mode="sum")
         bags = torch.arange(len(cut), device=own.device)
         sums = sums + F.embedding_bag(bags, part, torch.searchsorted(cut, start[:-1]), mode="sum")
         counts = counts + start.diff()
@@ -674,16 +599,15 @@ def take(x, ids):
     """Global ids (M,) -> their rows (M, D) on every rank; which of the M are this rank's, and their places in x."""
     place = ids - rows_before(x)
     own = ((place >= 0) & (place < len(x))).nonzero()[:, 0]
-    rows = x[place[own].to(x.device)].to(ids.device)
+    rows = x[place[own]]
     if processes() > 1:
         rows = all_reduce_sum(rows.new_zeros(len(ids), x.shape[1]).index_copy_(0, own, rows))
     return rows, own, place[own]
 
 
 def checked(x, task):
-    """Rows x (n, D), a tensor or memory map of any float type -> the tensor, the number of rows of all ranks.
-
-    ValueError, with the name of the task, unless all are finite.
+    """Rows (n, D), a tensor or memory map of any float type -> the tensor, the number of rows of all ranks; ValueError
+    with the name of the task unless all are finite.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of memory maps that cannot be written; nobody writes here
@@ -698,12 +622,16 @@ def checked(x, task):
 
 
 def greedy_seeds(x, weight, k, generator):
-    """Batched greedy k-means++ of rows (n, D) with weights (n,) -> (k, D).
+    """Batched greedy k-means++ of this rank's rows (n, D) with weights (n,) -> (k, D), of the rows of all ranks.
 
     Each of eight rounds draws three times as many rows as it needs, with chance proportional to weight times squared
     distance to the nearest seed, sends every row to the nearest drawn one, and keeps the drawn rows that lower the
     distances most. When no row has both weight and distance left, the other seeds are the mean.
     """
+    weight = all_gather_rows(weight.to(x.device, torch.float32))  # (N,)
+    size = max(2 * k, min(12 * k, 2**27 // x.shape[1]))  # twelve rows a seed are enough
+    sample = torch.randperm(len(weight), generator=generator)[:size].sort().values.to(x.device)
+    x, weight = take(x, sample)[0].float(), weight[sample]
     mean, each = x.mean(0), -(-k // 8)
     seeds, d2 = x[:0], (x - mean).square().sum(1)
     while len(seeds) < k:
@@ -719,67 +647,55 @@ def greedy_seeds(x, weight, k, generator):
     return seeds
 
 
-def first_centroids(x, total, k, init, weight, generator, device):
-    """(k, D) float32 on the device: `init`, or greedy seeds of a sample; twelve rows a seed are enough."""
-    weight = torch.ones(len(x)) if weight is None else weight
-    if init is None and weight.shape == (len(x),):
-        size = min(total, max(2 * k, min(12 * k, 2**27 // x.shape[1])))
-        sample = torch.randperm(total, generator=generator)[:size].sort().values.to(device)
-        weight = all_gather_rows(weight.to(device).float())[sample]
-        return greedy_seeds(take(x, sample)[0].float(), weight, k, generator)
-    centroids = torch.as_tensor(weight if init is None else init).to(device, torch.float32, copy=True)
-    if centroids.shape != (k, x.shape[1]) or not centroids.isfinite().all():
-        raise ValueError(f"k-means: init is (K, D), start_weight (n,), of finite numbers: not {tuple(centroids.shape)}")
-    return centroids
-
-
 @torch.no_grad()
-def kmeans(x, k, *, iterations=20, seed=0, init=None, start_weight=None, exact=False, device=None):
-    """Lloyd's k-means on squared Euclidean distance -> centroids (k, D) float32, assign (N,) int64.
+def kmeans(x, k, *, iterations=20, seed=0, init=None, exact=False):
+    """Lloyd's k-means on squared Euclidean distance -> centroids (k, D) float32, assign (N,) int64: the nearest one.
 
-    x (N, D) of any float type, a tensor or numpy memory map, clustered in blocks on `device` (default: where it is);
-    under a process group this rank's share, of any size. init (k, D) is the start, else greedy seeding, in which row
-    i counts start_weight[i] > 0. From k = 1000 on, unless exact=True, only every sixth pass searches all centroids,
-    the others a row's four candidates; with init there are a fifth more passes; and it ends when less than a
-    thousandth of the rows moves. `assign` is the nearest returned centroid. No cluster is empty, unless x has fewer
-    distinct rows than k (a warning says so); rows closer than a millionth of their length count as equal. ValueError:
-    k < 1, k > N, no rows, rows with NaN, infinity or too large numbers, init or start_weight of another shape.
+    x (N, D) of any float type, a tensor or numpy memory map, read in blocks; under a process group this rank's share,
+    of any size. init (k, D) is the start, else greedy seeds. From k = 1000 on, unless exact=True, only every sixth pass
+    searches all centroids, the others a row's four candidates; with init there are a fifth more passes; it ends when
+    less than a thousandth of the rows moves. No cluster is empty, unless x has fewer distinct rows than k (a warning
+    says so); rows closer than a millionth of their length count as equal.
+    ValueError: k < 1, k > N, no rows, rows with NaN, infinity or too large numbers, init of another shape.
     """
     x, total = checked(x, "k-means")
     if not 1 <= k <= total:
         raise ValueError(f"k-means: cannot make {k} clusters of {total} rows")
-    generator, device = torch.Generator().manual_seed(seed), torch.device(device or x.device)
-    centroids = first_centroids(x, total, k, init, start_weight, generator, device)
-    quick, half = k >= 1000 and not exact, device.type == "cuda"
-    more = quick and init is not None  # it is farther from the end than greedy seeds
-    passes, careful = iterations * 6 // 5 if more else iterations, half
-    label, scan = torch.zeros(len(x), dtype=torch.long, device=device), True
+    generator, half, quick = torch.Generator().manual_seed(seed), x.is_cuda, k >= 1000 and not exact
+    far = quick and init is not None  # farther from the end than greedy seeds
+    passes = iterations * 6 // 5 if far else iterations
+    if init is None:
+        init = greedy_seeds(x, torch.ones(len(x)), k, generator)
+    centroids = torch.as_tensor(init).to(x.device, torch.float32, copy=True)
+    if centroids.shape != (k, x.shape[1]) or not centroids.isfinite().all():
+        raise ValueError(f"k-means: init is (K, D), of finite numbers: not {tuple(centroids.shape)}")
+    label, refilled = torch.zeros(len(x), dtype=torch.long, device=x.device), False
     for step in itertools.count():
         last = step >= passes
-        scan = scan or last or not quick or step % 6 == 0 or more and step == 1
+        scan = last or refilled or not quick or step % 6 == 0 or far and step == 1
+        careful = half or refilled  # scores may err, and cannot tell very close centroids apart
         if scan:
             listed = near_centroids(x, centroids, 4 if quick or careful else 1, half)
-        if careful and scan:  # scores may err: true differences decide, and the label so far stays in the race
+        if scan and careful:  # true differences decide, and the label so far stays in the race
             listed = torch.cat([listed, label[:, None]], 1)
         new = listed[:, 0] if scan and not careful else nearest_listed(x, centroids, listed)[0]
         moved, label = all_reduce_sum((new != label).sum()), new
         sums, counts = map(all_reduce_sum, cluster_sums(x, label, k))
-        empty = (counts == 0).nonzero()[:, 0]
         if not last:
             centroids = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centroids)
-        if len(empty):  # put them on rows drawn by squared distance
+        empty = (counts == 0).nonzero()[:, 0]
+        refilled = len(empty) > 0
+        if refilled:  # put them on rows drawn by squared distance
             ids = draw(all_gather_rows(nearest_listed(x, centroids, label[:, None])[1]), len(empty), generator)
             if last and len(ids) == 0:
                 warnings.warn(f"k-means: only {k - len(empty)} distinct rows (to six digits) for {k} clusters")
                 break
-            centroids[empty[:len(ids)]], own, place = take(x, ids)
-            label[place] = empty[own]
+            rows, own, place = take(x, ids)
+            centroids[empty[:len(ids)]], label[place] = rows.float(), empty[own]
         elif last:
             break
         elif step and scan and moved <= quick * total // 1000:
             passes = step  # only the last assignment is left
-        scan = len(empty) > 0 or moved == 0  # the lists are out of date, or have nothing more to give
-        careful = half or len(empty) > 0  # scores cannot tell very close centroids apart
     return centroids, label
 
 
@@ -798,7 +714,7 @@ def concentration(distance, counts, temperature):
 
 
 @torch.no_grad()
-def hierarchy_from_centroids(x, raw_centroids, temperature, *, labels=None, device=None):
+def hierarchy_from_centroids(x, raw_centroids, temperature, *, labels=None):
     """x (N, D), L x (K_l, D) centroids as k-means left them -> Hierarchy.
 
     The items of level 0 are the rows of x, those of level l+1 the normalised centroids of level l. Each goes to the
@@ -807,7 +723,7 @@ def hierarchy_from_centroids(x, raw_centroids, temperature, *, labels=None, devi
     """
     prototypes, assign, parent, phi, items = [], [], [], [], checked(x, "hierarchy")[0]
     for level, raw in enumerate(raw_centroids):
-        raw = torch.as_tensor(raw).to(device or items.device, torch.float32)
+        raw = torch.as_tensor(raw).to(items.device, torch.float32)
         listed = near_centroids(items, raw, 4) if labels is None else labels[level][:, None]
         near, d2 = nearest_listed(items, raw, listed)
         distance, counts = map(all_reduce_sum, cluster_sums(d2.sqrt()[:, None], near, len(raw)))
@@ -821,21 +737,23 @@ def hierarchy_from_centroids(x, raw_centroids, temperature, *, labels=None, devi
 
 
 @torch.no_grad()
-def hierarchical_kmeans(x, clusters, *, temperature, iterations=20, seed=0, device=None):
+def hierarchical_kmeans(x, clusters, *, temperature, iterations=20, seed=0):
     """Unit features x (N, D), clusters (K_0, K_1, ...) fine to coarse -> Hierarchy: k-means of x, then of its
     normalised centroids, and so on. Under a process group x is this rank's share; the Hierarchy is that of all rows.
     """
-    raw, labels, items, weight, images = [], [], x, None, None
+    raw, labels, items, images, init = [], [], x, None, None
     for k in clusters:
-        centroids, label = kmeans(items, k, iterations=iterations, seed=seed, start_weight=weight, device=device)
+        if raw:
+            # An upper level clusters centroids, some of them of few images. Unweighted seeding spends seeds on those
+            # (images lie up to 14 % farther from their group's mean); weights equal to the images fit the centroids
+            # worse than a random start. The square root does better than a random start at both.
+            init = greedy_seeds(items, images.sqrt(), k, torch.Generator().manual_seed(seed))
+        centroids, label = kmeans(items, k, iterations=iterations, seed=seed, init=init)
         raw.append(centroids)
         labels.append(label)
-        # An upper level clusters centroids, some of them of few images. Unweighted seeding spends seeds on those
-        # (images lie up to 14 % farther from their group's mean); weights equal to the images fit the centroids worse
-        # than a random start. The square root does better than a random start at both.
         images = all_reduce_sum(label.bincount(images, minlength=k))[local_rows(k)]
-        items, weight = F.normalize(centroids, dim=1)[local_rows(k)], images.sqrt()
-    return hierarchy_from_centroids(x, raw, temperature, labels=labels, device=device)
+        items = F.normalize(centroids, dim=1)[local_rows(k)]
+    return hierarchy_from_centroids(x, raw, temperature, labels=labels)
 
 
 # ---- hierarchy losses
@@ -967,7 +885,7 @@ def largest_products(x, test, k):
     x (n, D) is this rank's share of the rows, test is the same on every rank. In chunks of 2^26 products.
     """
     found = [(part @ x.T).topk(min(k, len(x)), dim=1) for part in test.split(max(1, 2**26 // max(1, len(x))))]
-    value, row = (torch.cat(part) for part in zip(*found))
+    value, row = map(torch.cat, zip(*found))
     value, row = (all_gather_rows(part.T.contiguous()).T for part in (value, row + rows_before(x)))
     value, best = value.topk(k, dim=1)
     return value, row.gather(1, best)
@@ -985,10 +903,9 @@ def keep_largest(value, near, score, first):
 def nearest_neighbours(x, k):
     """Ids (n, k) int64 of the k other rows with the largest inner product, nearest first: exact, on any device.
 
-    x (n, D) of any float type; unit rows make the product a cosine. A row is no neighbour of its own, by its id: its
-    exact double is one. Under a process group x holds this rank's rows, any number of them, ids are global, and the
-    rows of all ranks pass by in blocks. Never an (n, N) matrix. float64 puts four candidates more than k in order,
-    equal ones by id. ValueError: k not in 1..N-1, NaN or infinity.
+    x (n, D) of any float type; unit rows make the product a cosine. A row is no neighbour of its own; its exact double
+    is one. Under a process group x holds this rank's rows, any number of them, ids are global, and the rows of all
+    ranks pass by in blocks. float64 puts k + 4 candidates in order, equal ones by id. ValueError: k not in 1..N-1, NaN.
     """
     x, total = checked(x, "nearest neighbours")
     if not 1 <= k < total:
@@ -996,18 +913,20 @@ def nearest_neighbours(x, k):
     x = x if x.dtype == torch.float64 else x.float()
     start, top, side = rows_before(x), min(k + 4, total - 1), 8192 if x.is_cuda else 1024
     value, near = x.new_full((len(x), top), -math.inf), torch.zeros(len(x), top, dtype=torch.long, device=x.device)
-    own = [[a, min(a + side, start + len(x))] for a in range(start, start + len(x), side)]  # blocks of this rank's rows
-    for a, b in all_gather_rows(torch.tensor(own, dtype=torch.long).view(-1, 2)).tolist():
-        block = take(x, torch.arange(a, b, device=x.device))[0]  # the same on every rank
-        for c, d in own:
-            if [a, b] in own and a < c:
+    blocks = zip(x.split(side), value.split(side), near.split(side))
+    own = dict(zip(range(start, start + len(x), side), blocks))  # this rank's, each by the id of its first row
+    firsts = all_gather_rows(torch.tensor([*own], dtype=torch.long)).tolist()
+    for a, b in zip(firsts, firsts[1:] + [total]):
+        others = take(x, torch.arange(a, b, device=x.device))[0]  # the same on every rank
+        for c, (rows, *best) in own.items():
+            if a in own and a < c:
                 continue  # these two met already: a product serves the rows of both
-            score = x[c - start:d - start] @ block.T
+            score = rows @ others.T
             if a == c:
                 score.fill_diagonal_(-math.inf)
-            elif [a, b] in own:
-                keep_largest(value[a - start:b - start], near[a - start:b - start], score.T, c)
-            keep_largest(value[c - start:d - start], near[c - start:d - start], score, a)
+            elif a in own:
+                keep_largest(*own[a][1:], score.T, c)
+            keep_largest(*best, score, a)
     table = []
     for ids in torch.arange(total, device=x.device).split(max(1, 2**22 // (top * x.shape[1]))):
         found, rows = take(near, ids)[0].sort(dim=1).values, take(x, ids)[0].double()
@@ -1029,12 +948,13 @@ def knn_classify(train_x, train_y, test_x, classes, *, k=20, temperature=0.07):
     """Weighted k-nearest-neighbour classifier: votes (B, classes); their arg max is the prediction.
 
     train_x (N, F) and test_x (B, F) features of any length (normalised here), train_y (N,) int64. The k most similar
-    training rows vote exp(cosine / temperature) (Wu et al. 2018, 1805.01978). Raises ValueError when k is not in 1..N.
+    training rows vote exp(cosine / temperature) (Wu et al. 2018, 1805.01978), counted where train_y is. Under a process
+    group train_x is this rank's share, the others are of all. Raises ValueError when k is not in 1..N.
     """
-    if not 1 <= k <= len(train_x):
-        raise ValueError(f"k = {k} neighbours of {len(train_x)} training rows: k must be in 1..N")
+    if not 1 <= k <= len(train_y):
+        raise ValueError(f"k = {k} neighbours of {len(train_y)} training rows: k must be in 1..N")
     sim, row = largest_products(F.normalize(train_x, dim=1), F.normalize(test_x, dim=1), k)
-    return knn_votes(sim, train_y[row], classes, temperature)
+    return knn_votes(sim.to(train_y.device), train_y[row.to(train_y.device)], classes, temperature)
 
 
 @torch.no_grad()
@@ -1045,24 +965,16 @@ def knn_accuracy(train, test, features, *, k=20, temperature=0.07):
     """
     if train.labels is None:
         return None
-    x, y = F.normalize(features(train), dim=1), train.labels
-    own = torch.arange(len(train))[local_rows(len(train))]  # the pictures of x
+    x, y, mine = features(train), train.labels, local_rows(len(train))
+    use = y[:, 0] >= 0  # STL-10: most pictures carry no label
     if test is not None:
-        test_x, test_y, use = all_gather_rows(F.normalize(features(test), dim=1)), test.labels, torch.ones(len(y)) > 0
+        test_x, test_y = features(test), test.labels
     else:
-        use = torch.arange(len(y)) % 10 > 0
-        test_x, test_y = all_gather_rows(x[~use[own].to(x.device)]), y[~use]
-    use &= y[:, 0] >= 0  # STL-10: most pictures carry no label
-    sim, row = largest_products(x[use[own].to(x.device)], test_x, min(k, int(use.sum())))
-    y, row = y[use], row.cpu()
-    return [round(100 * (knn_votes(sim.cpu(), y[row, depth], len(names), temperature).argmax(1)
-                         == test_y[:, depth]).double().mean().item(), 2)
-            for depth, names in enumerate(train.class_names)]
-
-
-def knn_of_pixels(train, test, size, device):
-    """kNN accuracy of the pictures themselves; None where that would take minutes, or on a GPU several GiB."""
-    most = 2e7 if torch.device(device).type == "cpu" else 2e8
-    if train.pixels is None or len(train) * size**2 > most:
-        return None
-    return knn_accuracy(train, test, lambda images: extract_features(nn.Flatten(), images, size, device=device))
+        held_out = torch.arange(len(y)) % 10 == 0
+        test_x, test_y, use = x[held_out[mine]], y[held_out], use & ~held_out
+    x, y, test_x = x[use[mine]], y[use], all_gather_rows(test_x)
+    sim, row = largest_products(F.normalize(x, dim=1), F.normalize(test_x, dim=1), min(k, len(y)))
+    sim, nearest = sim.cpu(), y[row.cpu()]  # (B, k), (B, k, depth)
+    predicted = [knn_votes(sim, nearest[..., depth], len(names), temperature).argmax(1)
+                 for depth, names in enumerate(train.class_names)]
+    return [round(100 * hit.double().mean().item(), 2) for hit in torch.stack(predicted) == test_y.T]

@@ -34,8 +34,7 @@ Differs from paper or released code
                 doubles that may be the other one, and the image becomes its own neighbour
   warm-up       the release writes "epoch > 10" into the code; here --warmup-epochs, 11 for ImageNet. CutMix mixes
                 the neighbour in from the first epoch, as released, when the table is an untrained network's
-  lr            cosine per step; the release changes it once an epoch
-  small data    the presets below ImageNet differ as in hirl_moco.py; textures: a new table every epoch
+  lr, presets   cosine per step, per epoch in the release; below ImageNet as in hirl_moco.py; textures: a table an epoch
 
 In the log  image, neighbour, mix (or moco); those of earlier stages end in _layer1 to _layer3
 """
@@ -53,6 +52,7 @@ import torch.nn.functional as F
 import common
 import networks
 import plumbing
+import ranks
 
 # ---- [method] presets: one column a data scale, chosen by --data, printed at start
 PRESETS = {
@@ -285,7 +285,7 @@ def main(args):
     levels = [(f"_layer{stage}" if stage < 4 else "", args.level_weights[stage - 1],
                slice(place * args.dim, (place + 1) * args.dim)) for place, stage in enumerate(stages)]
     if args.bn == "sync":
-        networks.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
+        ranks.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
     model.to(device, memory_format=torch.channels_last)
     encode_q, encode_k = (torch.compile(encoder) if args.compile else encoder
                           for encoder in (model.encoder_q, model.encoder_k))
@@ -311,15 +311,15 @@ def main(args):
 
     # ---- [shared] epochs
     if start_epoch == start_step == 0:
-        run.write(dict(epoch=0, knn=knn(), knn_pixels=common.knn_of_pixels(train, test, args.image_size, device)))
+        run.write(dict(epoch=0, knn=knn(), knn_pixels=plumbing.knn_of_pixels(train, test, args.image_size, device)))
     for epoch in range(start_epoch, args.epochs):
 
         # ---- [method] neighbours of the epochs to come
         if neighbours and epoch % args.refresh_every == 0 and start_step == 0:
             x = F.normalize(features(clustered, train), dim=1)
-            table = common.all_gather_rows(common.nearest_neighbours(x, neighbours))
+            table = ranks.all_gather_rows(common.nearest_neighbours(x, neighbours))
         if neighbours:  # one drawn anew for each visit
-            train.partner = draw_neighbours(table, common.random_state(args.seed, epoch, "neighbour"))
+            train.partner = draw_neighbours(table, ranks.random_state(args.seed, epoch, "neighbour"))
 
         # ---- [shared] batches
         batches = common.batches(train, batch_size, views, seed=args.seed, epoch=epoch, start=start_step, device=device,
@@ -334,13 +334,13 @@ def main(args):
             # ---- [method] queries and keys
             views_q, views_k = [*crops[0::2]], torch.cat(crops[1::2])  # of the image, then of its neighbour
             if neighbours:
-                mixed, lam = cutmix(*views_q, common.random_state(*place, "cutmix"))
+                mixed, lam = cutmix(*views_q, ranks.random_state(*place, "cutmix"))
                 views_q.append(mixed)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 raw = encode_q(torch.cat(views_q)).float()  # (3B, D)
                 with torch.no_grad():  # no gradient to keys
                     model.update_key_encoder(args.ema_momentum)  # before encoding
-                    raw_k = networks.make_keys(encode_k, views_k, args.bn, common.random_state(*place, "shuffle"))
+                    raw_k = ranks.make_keys(encode_k, views_k, args.bn, ranks.random_state(*place, "shuffle"))
             qs, ks = (unit_rows(x.float(), args.dim).unflatten(0, (-1, len(index))) for x in (raw, raw_k))
             k = ks[0]  # of qs (3, B, D) and ks (2, B, D), the image's: the one that is queued
 
@@ -356,11 +356,11 @@ def main(args):
             # ---- [shared] step
             optimizer.zero_grad()
             sum(losses.values()).backward()
-            plumbing.average(p.grad for p in model.parameters())
+            ranks.average(p.grad for p in model.parameters())
             optimizer.step()
 
             # ---- [shared: moco] queue
-            model.enqueue(common.all_gather_rows(k))
+            model.enqueue(ranks.all_gather_rows(k))
 
             # ---- [method] log
             run.end_step(epoch, step, {**losses, **watched}, table)

@@ -46,6 +46,7 @@ import torch.nn.functional as F
 import common
 import networks
 import plumbing
+import ranks
 from common import Stop
 from plumbing import say
 
@@ -181,11 +182,11 @@ def tree_distance(levels, i, j):
 
 def spearman(x, y):
     """Rank correlation of x and y (n,) in [-1, 1]: Pearson's of the ranks; None when one is constant."""
-    def ranks(v):  # around 0; equal values share the mean of their ranks
+    def places(v):  # around 0; equal values share the mean of their ranks
         _, inverse, counts = np.unique(v, return_inverse=True, return_counts=True)
         return (np.cumsum(counts) - counts / 2 - len(v) / 2)[inverse]
 
-    x, y = ranks(x), ranks(y)
+    x, y = places(x), places(y)
     return float(x @ y / math.sqrt((x @ x) * (y @ y))) if x.any() and y.any() else None
 
 
@@ -257,7 +258,7 @@ def stratified(labels, fraction, seed):
 
     Drawn by the seed; the rows of a smaller fraction are among those of a larger one.
     """
-    order = torch.randperm(len(labels), generator=common.random_state(seed, "labels"))
+    order = torch.randperm(len(labels), generator=ranks.random_state(seed, "labels"))
     members = [order[labels[order] == c] for c in labels.unique()]
     return torch.cat([rows[:max(1, round(fraction * len(rows)))] for rows in members]).sort().values
 
@@ -389,7 +390,7 @@ def linear(task):
                 with torch.no_grad():  # the backbone is frozen
                     yield standard(task.network(pictures)), y[index]
             return
-        order = torch.randperm(len(x), generator=common.random_state(args.seed, "linear", epoch)).to(x.device)
+        order = torch.randperm(len(x), generator=ranks.random_state(args.seed, "linear", epoch)).to(x.device)
         for part in order.split(batch_size)[:len(x) // batch_size]:
             yield standard(x[part]), y[part]
 
@@ -490,7 +491,7 @@ def hierarchy(task):
             say("these are not the training pictures of the run; its clusters.csv is left out")
         elif left.is_file():
             trees["clusters.csv"] = tree_of_run(left, len(x))
-    i, j = random_pairs(labels.shape[1], args.pairs, common.random_state(args.seed, "pairs"))
+    i, j = random_pairs(labels.shape[1], args.pairs, ranks.random_state(args.seed, "pairs"))
     rows, whole = [], []
     for name, levels in trees.items():
         levels = levels[:, known]

@@ -29,12 +29,12 @@ Changes relative to hirl_moco.py: no level heads, no paths; the tree chooses neg
 
 Differs from paper or released code
   --release     the released code differs from the paper in H1 to H6: see class Reading
-  small crops   (--multi-crop) as released: summed over crops (H11); they share the draw of instances, not that of
-                prototypes. Do they select instances? The released multi-crop configuration sets selection_on_local: 1,
-                but the training script never reads that file and has it off by default. --local-selection: on
+  small crops   (--multi-crop) as released: summed over crops (H11), one draw of instances for all, of prototypes one
+                each. Do they select instances? The released configuration says so (selection_on_local: 1), but the
+                training script never reads it and has it off. --local-selection: on
   prototype     as released: an image's own is k-means' and its ancestors, not the most similar at each level (H8);
                 phi above level 0 is over child prototypes, not images (H9), all phi with PCL's clip and scale (H10)
-  lr, presets   cosine per step, per epoch in the release; below ImageNet as in hirl_moco.py, clusters too
+  lr, presets   cosine per step, per epoch in the release; below ImageNet as in hirl_moco.py
 
 In the log  moco without a tree; with it instance and prototype, of small crops _local; dropped_l, what draws leave out.
             chance_level_loss is moco's; instance's, as in the paper, is the mean over l of ln(1 + Q (1 - dropped_l))
@@ -54,6 +54,7 @@ import torch.nn.functional as F
 import common
 import networks
 import plumbing
+import ranks
 
 # ---- [method] presets: one column a data scale, chosen by --data, printed at start
 PRESETS = {
@@ -148,8 +149,7 @@ class Reading:
     # H2  Instance terms are averaged over levels, as prototype terms are. Release: summed, L times their weight.
     over_levels: object = torch.mean
     # H3  An image's own prototype is not its negative. Release: nor is that of any other image of the process's batch.
-    #     About (K_l - 1) (1 - 1/K_l)^B are left, one at B = K_l ln K_l; where none is, loss and gradient are 0. Of 3000
-    #     clusters 2967 are left at B 32, of 108, 27, 9 at B 64 59, 2.3, none, of 200 and 40 at B 512 15 and none.
+    #     About (K_l - 1) (1 - 1/K_l)^B are left: at B 64 59 of 108, 2 of 27, none of 9. Of none loss and gradient are 0.
     # H4  Release: the last cluster in use is never a negative either, off by one. Hardly matters.
     exclude: str = "own"
     # H5  Release: chances clipped; with K_l in the thousands that drops more than the selection does.
@@ -176,7 +176,7 @@ def select(queue, hierarchy, index, temperature, reading=PAPER):
 
 def draw(chances, batch_size, generator):
     """Bernoulli draws: L x (b, n) chances of this process's rows -> L x (b, n) bool, drawn for the whole batch."""
-    mine = common.local_rows(batch_size)
+    mine = ranks.local_rows(batch_size)
     return [torch.rand(batch_size, chance.shape[1], generator=generator, device=chance.device)[mine] < chance
             for chance in chances]
 
@@ -240,7 +240,7 @@ def main(args):
     queue_size = plumbing.fit("queue_size", args, at_most=len(train))
     model = MoCo(Encoder(args.arch, args.stem, args.projector, args.dim, args.image_size), args.dim, queue_size)
     if args.bn == "sync":
-        networks.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
+        ranks.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
     model.to(device, memory_format=torch.channels_last)
     encode_q, encode_k = (torch.compile(encoder) if args.compile else encoder
                           for encoder in (model.encoder_q, model.encoder_k))
@@ -275,7 +275,7 @@ def main(args):
 
     # ---- [shared] epochs
     if start_epoch == start_step == 0:
-        run.write(dict(epoch=0, knn=knn(), knn_pixels=common.knn_of_pixels(train, test, args.image_size, device)))
+        run.write(dict(epoch=0, knn=knn(), knn_pixels=plumbing.knn_of_pixels(train, test, args.image_size, device)))
     for epoch in range(start_epoch, args.epochs):
 
         # ---- [shared: tree] tree of the epoch
@@ -297,7 +297,7 @@ def main(args):
                 raw = encode_q(crops[0]).float()  # (B, D)
                 with torch.no_grad():  # no gradient to keys
                     model.update_key_encoder(args.ema_momentum)  # before encoding
-                    k = networks.make_keys(encode_k, crops[1], args.bn, common.random_state(*place, "shuffle")).float()
+                    k = ranks.make_keys(encode_k, crops[1], args.bn, ranks.random_state(*place, "shuffle")).float()
             q, k = F.normalize(raw, dim=1), F.normalize(k, dim=1)
 
             # ---- [method] losses, of view 0 and of small crops (--multi-crop): the queue is that of before this step
@@ -305,7 +305,7 @@ def main(args):
             if not hierarchy:
                 losses = {"moco": sum(info_nce(query, k, model.queue, args.temperature) for query in queries)}
             else:
-                generator = common.random_state(*place, "selection", device=device)
+                generator = ranks.random_state(*place, "selection", device=device)
                 instance_chances, prototype_chances = select(model.queue, hierarchy, index, args.temperature, reading)
                 instance_masks = None if args.no_instance_selection else draw(instance_chances, batch_size, generator)
                 prototype_masks = [draw(prototype_chances, batch_size, generator) for _ in queries]  # anew for each
@@ -316,11 +316,11 @@ def main(args):
             # ---- [shared] step
             optimizer.zero_grad()
             sum(losses.values()).backward()
-            plumbing.average(p.grad for p in model.parameters())
+            ranks.average(p.grad for p in model.parameters())
             optimizer.step()
 
             # ---- [shared: moco] queue
-            model.enqueue(common.all_gather_rows(k))
+            model.enqueue(ranks.all_gather_rows(k))
 
             # ---- [shared: tree] log
             run.end_step(epoch, step, {**losses, **watched}, hierarchy)

@@ -39,11 +39,10 @@ Differs from paper (P), DINO's code (D), HIRL's release (H); who does as this sc
   D9 DH   the mean over pairs of crops; P the sum
   D10 D   all crops go through the projector together; H global and local apart, which batch norm there can tell
   D11 P   T_t rises over a tenth of the epochs (30 of 300); D and H 50 of 400 for ViT-B
-  D12     --amp or not for base and HIRL alike; H fp16 without, fp32 with hierarchy
+  D12     --amp or not for base and HIRL alike; H fp16 without, fp32 with hierarchy. Crops are resized bilinearly
   small   DEVIATION on textures: a centre that balances the batch (--centering sinkhorn, as in SwAV and DINOv2),
           batch norm in the projector, SGD; in 800 steps the running mean collapses or learns little.
           cifar: a ViT that starts as torchvision's (--init-std 0)
-  crops   are resized bilinearly; D and H bicubically
 """
 
 # ---- [method] import
@@ -59,6 +58,7 @@ import torch.nn.functional as F
 import common
 import networks
 import plumbing
+import ranks
 
 # ---- [method] presets: one column a data scale, chosen by --data, printed at start
 VIT = dict(stem="7x7", projector="mlp", hidden=2048, dim=256, optimizer="adamw", weight_decay=0.04,
@@ -191,8 +191,8 @@ class DINO(nn.Module):
         small: few outputs are in use.
         """
         p = p.flatten(0, -2)
-        mean = common.all_reduce_sum(p.mean(dim=0)) / common.processes()  # (P,)
-        self.chosen[common.all_gather_rows(p.argmax(dim=1), equal=True)] = now
+        mean = ranks.all_reduce_sum(p.mean(dim=0)) / ranks.processes()  # (P,)
+        self.chosen[ranks.all_gather_rows(p.argmax(dim=1), equal=True)] = now
         return {"entropy": torch.special.entr(p).sum(dim=1).mean(), "entropy_of_mean": torch.special.entr(mean).sum(),
                 "prototypes_in_use": (self.chosen > now - steps).sum().float()}
 
@@ -231,7 +231,7 @@ def dino_loss(student, teacher, center, student_temperature, teacher_temperature
 @torch.no_grad()
 def moved_center(center, teacher, momentum):
     """c <- m c + (1-m) mean of the teacher's logits (..., P) over all dimensions but P and all processes."""
-    mean = common.all_reduce_sum(teacher.flatten(0, -2).mean(dim=0)) / common.processes()  # (P,)
+    mean = ranks.all_reduce_sum(teacher.flatten(0, -2).mean(dim=0)) / ranks.processes()  # (P,)
     return momentum * center + (1 - momentum) * mean  # DINO Eq. 4
 
 
@@ -245,7 +245,7 @@ def balancing_center(teacher, temperature, iterations=3):
     center = logits.new_zeros(logits.shape[1])
     for _ in range(iterations):
         mass = F.log_softmax(logits - center, dim=1).logsumexp(dim=0, keepdim=True)  # (1, P), -inf of no rows
-        center = center + common.all_gather_rows(mass).logsumexp(dim=0).nan_to_num(neginf=0.0)  # (P,)
+        center = center + ranks.all_gather_rows(mass).logsumexp(dim=0).nan_to_num(neginf=0.0)  # (P,)
     return center * temperature
 
 
@@ -296,7 +296,7 @@ def main(args):
     model = DINO(Encoder(backbone, width, args.projector, args.hidden, args.dim, args.prototypes, args.free_last_layer,
                          args.init_std))
     model.heads = nn.ModuleList(level_head(args.dim) for _ in clusters)  # last: the rest starts as without them
-    networks.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
+    ranks.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
     model.to(device, memory_format=torch.channels_last)
     backbone, projector, teacher = (torch.compile(part) if args.compile else part for part in (
         model.student.backbone, model.student.projector, model.teacher))
@@ -328,7 +328,7 @@ def main(args):
 
     # ---- [shared] epochs
     if start_epoch == start_step == 0:
-        run.write(dict(epoch=0, knn=knn(), knn_pixels=common.knn_of_pixels(train, test, args.image_size, device)))
+        run.write(dict(epoch=0, knn=knn(), knn_pixels=plumbing.knn_of_pixels(train, test, args.image_size, device)))
     for epoch in range(start_epoch, args.epochs):
 
         # ---- [shared: tree] tree of the epoch
@@ -349,7 +349,7 @@ def main(args):
 
             # ---- [method] logits of student and teacher
             branches = networks.drop_path(model.student.backbone, args.drop_path, len(views), batch_size,
-                                        common.random_state(*place, "drop path"))
+                                        ranks.random_state(*place, "drop path"))
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 raws = encode_crops(backbone, projector, crops, branches).float()  # (V, b, D)
                 with torch.no_grad():  # no gradient to the teacher, which sees the global crops alone
@@ -369,14 +369,14 @@ def main(args):
             if hierarchy:
                 z = F.normalize(torch.stack([head(raw) for head in model.heads], dim=1), dim=2)  # (B, L, D)
                 leaves = torch.randint(len(hierarchy.prototypes[0]), (batch_size, args.negative_paths),
-                                       generator=common.random_state(*place, "negative paths"))
-                leaves = leaves[common.local_rows(batch_size)].to(device, non_blocking=True)  # (B, M) paths, by leaf
+                                       generator=ranks.random_state(*place, "negative paths"))
+                leaves = leaves[ranks.local_rows(batch_size)].to(device, non_blocking=True)  # (B, M) paths, by leaf
                 losses["path"] = args.path_weight * common.semantic_path_loss(z, hierarchy, index, leaves)
 
             # ---- [shared] step
             optimizer.zero_grad()
             sum(losses.values()).backward()
-            plumbing.average(p.grad for p in model.parameters())
+            ranks.average(p.grad for p in model.parameters())
             optimizer.step()
 
             # ---- [shared: dino] teacher

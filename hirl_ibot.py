@@ -47,6 +47,7 @@ import torch.nn.functional as F
 import common
 import networks
 import plumbing
+import ranks
 
 # ---- [method] presets: one column a data scale, chosen by --data, printed at start
 VIT = dict(stem="7x7", projector="mlp", hidden=2048, dim=256, optimizer="adamw", weight_decay=0.04,
@@ -183,8 +184,8 @@ class DINO(nn.Module):
         small: few outputs are in use.
         """
         p = p.flatten(0, -2)
-        mean = common.all_reduce_sum(p.mean(dim=0)) / common.processes()  # (P,)
-        self.chosen[common.all_gather_rows(p.argmax(dim=1), equal=True)] = now
+        mean = ranks.all_reduce_sum(p.mean(dim=0)) / ranks.processes()  # (P,)
+        self.chosen[ranks.all_gather_rows(p.argmax(dim=1), equal=True)] = now
         return {"entropy": torch.special.entr(p).sum(dim=1).mean(), "entropy_of_mean": torch.special.entr(mean).sum(),
                 "prototypes_in_use": (self.chosen > now - steps).sum().float()}
 
@@ -232,7 +233,7 @@ def random_masks(batch_size, side, share, ratio, generator):
     """Masks (2, b, side, side) of this process's crops: a `share` of all has a ratio between the two, the rest none."""
     masked, where = torch.rand(2, 2, batch_size, generator=generator)
     ratio = (masked < share) * (ratio[0] + (ratio[1] - ratio[0]) * where)  # (2, B)
-    draws, mine = torch.rand(2, batch_size, 100, 4, generator=generator), common.local_rows(batch_size)
+    draws, mine = torch.rand(2, batch_size, 100, 4, generator=generator), ranks.local_rows(batch_size)
     return block_masks(draws[:, mine].flatten(0, 1), ratio[:, mine].flatten(), side).unflatten(0, (2, -1))
 
 
@@ -271,7 +272,7 @@ def patch_loss(student, teacher, masks, center, student_temperature, teacher_tem
 @torch.no_grad()
 def moved_center(center, teacher, momentum):
     """c <- m c + (1-m) mean of the teacher's logits (..., P) over all dimensions but P and all processes."""
-    mean = common.all_reduce_sum(teacher.flatten(0, -2).mean(dim=0)) / common.processes()  # (P,)
+    mean = ranks.all_reduce_sum(teacher.flatten(0, -2).mean(dim=0)) / ranks.processes()  # (P,)
     return momentum * center + (1 - momentum) * mean  # DINO Eq. 4
 
 
@@ -285,7 +286,7 @@ def balancing_center(teacher, temperature, iterations=3):
     center = logits.new_zeros(logits.shape[1])
     for _ in range(iterations):
         mass = F.log_softmax(logits - center, dim=1).logsumexp(dim=0, keepdim=True)  # (1, P), -inf of no rows
-        center = center + common.all_gather_rows(mass).logsumexp(dim=0).nan_to_num(neginf=0.0)  # (P,)
+        center = center + ranks.all_gather_rows(mass).logsumexp(dim=0).nan_to_num(neginf=0.0)  # (P,)
     return center * temperature
 
 
@@ -340,7 +341,7 @@ def main(args):
     model.mask_token = nn.Parameter(torch.zeros(1, width))
     model.register_buffer("patch_center", torch.zeros(args.prototypes))  # (P,)
     model.heads = nn.ModuleList(level_head(args.dim) for _ in clusters)  # last: the rest starts as without them
-    networks.sync_batch_norm(model).to(device)  # under torchrun; one process has nothing to synchronise
+    ranks.sync_batch_norm(model).to(device)  # under torchrun; one process has nothing to synchronise
     for encoder in (model.student, model.teacher) if args.compile else ():
         encoder.backbone.tokens = torch.compile(encoder.backbone.tokens)
     balance, uniform = args.centering == "sinkhorn", math.log(args.prototypes)
@@ -372,7 +373,7 @@ def main(args):
 
     # ---- [shared] epochs
     if start_epoch == start_step == 0:
-        run.write(dict(epoch=0, knn=knn(), knn_pixels=common.knn_of_pixels(train, test, args.image_size, device)))
+        run.write(dict(epoch=0, knn=knn(), knn_pixels=plumbing.knn_of_pixels(train, test, args.image_size, device)))
     for epoch in range(start_epoch, args.epochs):
 
         # ---- [shared: tree] tree of the epoch
@@ -393,11 +394,11 @@ def main(args):
 
             # ---- [method] logits of student and teacher, of class tokens and patches
             masks = random_masks(batch_size, args.image_size // model.student.backbone.patch_size, args.mask_share,
-                                 args.mask_ratio, common.random_state(*place, "masks"))  # (2, b, h, w)
+                                 args.mask_ratio, ranks.random_state(*place, "masks"))  # (2, b, h, w)
             read = masks.flatten().nonzero()[:, 0].to(device, non_blocking=True) if balance else None
             masks = masks.flatten(0, 1).to(device, non_blocking=True)  # (2b, h, w)
             branches = networks.drop_path(model.student.backbone, args.drop_path, len(views), batch_size,
-                                        common.random_state(*place, "drop path"))
+                                        ranks.random_state(*place, "drop path"))
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 raws, patches = encode_crops(model.student, crops, masks, model.mask_token, branches, read)
                 with torch.no_grad():  # no gradient to the teacher, which sees the global crops alone, and whole
@@ -420,14 +421,14 @@ def main(args):
             if hierarchy:
                 z = F.normalize(torch.stack([head(raw) for head in model.heads], dim=1), dim=2)  # (B, L, D)
                 leaves = torch.randint(len(hierarchy.prototypes[0]), (batch_size, args.negative_paths),
-                                       generator=common.random_state(*place, "negative paths"))
-                leaves = leaves[common.local_rows(batch_size)].to(device, non_blocking=True)  # (B, M) paths, by leaf
+                                       generator=ranks.random_state(*place, "negative paths"))
+                leaves = leaves[ranks.local_rows(batch_size)].to(device, non_blocking=True)  # (B, M) paths, by leaf
                 losses["path"] = args.path_weight * common.semantic_path_loss(z, hierarchy, index, leaves)
 
             # ---- [shared] step
             optimizer.zero_grad()
             sum(losses.values()).backward()
-            plumbing.average(p.grad for p in model.parameters())
+            ranks.average(p.grad for p in model.parameters())
             optimizer.step()
 
             # ---- [shared: dino] teacher

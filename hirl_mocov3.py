@@ -61,6 +61,7 @@ import torch.nn.functional as F
 import common
 import networks
 import plumbing
+import ranks
 
 # ---- [method] presets: one column a data scale, chosen by --data, printed at start
 PRESETS = {
@@ -266,7 +267,7 @@ def main(args):
     predictor = mlp(args.dim, args.head_width, args.dim, last_norm=args.projector_layers > 2)
     model = MoCoV3(encoder, predictor)
     model.heads = nn.ModuleList(level_head(args.dim, args.head_layers) for _ in clusters)  # last, as in hirl_moco.py
-    networks.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
+    ranks.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
     model.to(device, memory_format=torch.channels_last)
     encode_q, encode_k = (torch.compile(encoder) if args.compile else encoder
                           for encoder in (model.encoder_q, model.encoder_k))
@@ -292,7 +293,7 @@ def main(args):
 
     # ---- [shared] epochs
     if start_epoch == start_step == 0:
-        run.write(dict(epoch=0, knn=knn(), knn_pixels=common.knn_of_pixels(train, test, args.image_size, device)))
+        run.write(dict(epoch=0, knn=knn(), knn_pixels=plumbing.knn_of_pixels(train, test, args.image_size, device)))
     for epoch in range(start_epoch, args.epochs):
 
         # ---- [shared: tree] tree of the epoch
@@ -326,14 +327,14 @@ def main(args):
             if hierarchy:
                 z = F.normalize(torch.stack([head(raw) for head in model.heads], dim=1), dim=2)  # (B, L, D)
                 leaves = torch.randint(len(hierarchy.prototypes[0]), (batch_size, args.negative_paths),
-                                       generator=common.random_state(*place, "negative paths"))
-                leaves = leaves[common.local_rows(batch_size)].to(device, non_blocking=True)  # (B, M) paths, by leaf
+                                       generator=ranks.random_state(*place, "negative paths"))
+                leaves = leaves[ranks.local_rows(batch_size)].to(device, non_blocking=True)  # (B, M) paths, by leaf
                 losses["path"] = args.path_weight * common.semantic_path_loss(z, hierarchy, index, leaves)
 
             # ---- [shared] step
             optimizer.zero_grad()
             sum(losses.values()).backward()
-            plumbing.average(p.grad for p in model.parameters())
+            ranks.average(p.grad for p in model.parameters())
             optimizer.step()
 
             # ---- [shared: tree] log

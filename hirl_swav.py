@@ -58,6 +58,7 @@ import torch.nn.functional as F
 import common
 import networks
 import plumbing
+import ranks
 
 # ---- [method] presets: one column a data scale, chosen by --data, printed at start
 PRESETS = {
@@ -156,14 +157,14 @@ class SwAV(nn.Module):
     @torch.no_grad()
     def assignments(self, scores, use_queue, epsilon, iterations):
         """Sinkhorn of both global crops' scores (2, b, P), the queue's beside them -> (2, b, P), no gradient."""
-        past = self.queue[:, common.local_rows(self.queue.shape[1] if use_queue else 0)]  # (2, q, D), our share
+        past = self.queue[:, ranks.local_rows(self.queue.shape[1] if use_queue else 0)]  # (2, q, D), our share
         rows = torch.cat([past @ self.swav_prototypes.T, scores], dim=1)  # (2, q + b, P)
         return torch.stack([sinkhorn(crop, epsilon, iterations)[-scores.shape[1]:] for crop in rows])
 
     @torch.no_grad()
     def in_use(self, scores, now, steps):
         """How many prototypes were the nearest of a global crop, of any process, in the last `steps` steps."""
-        self.chosen.index_fill_(0, common.all_gather_rows(scores.argmax(dim=2).T).flatten(), now)
+        self.chosen.index_fill_(0, ranks.all_gather_rows(scores.argmax(dim=2).T).flatten(), now)
         return (self.chosen > now - steps).sum().float()
 
     @torch.no_grad()
@@ -279,7 +280,7 @@ def main(args):
     encoder = Encoder(args.arch, args.stem, args.projector, args.dim, args.image_size)
     model = SwAV(encoder, args.dim, args.prototypes, queue_size)
     model.heads = nn.ModuleList(level_head(args.dim) for _ in clusters)  # last: the rest starts as without them
-    networks.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
+    ranks.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
     model.to(device, memory_format=torch.channels_last)
     backbone, projector = (torch.compile(part, dynamic=False) if args.compile else part
                            for part in (model.encoder.backbone, model.encoder.projector))
@@ -310,7 +311,7 @@ def main(args):
 
     # ---- [shared] epochs
     if start_epoch == start_step == 0:
-        run.write(dict(epoch=0, knn=knn(), knn_pixels=common.knn_of_pixels(train, test, args.image_size, device)))
+        run.write(dict(epoch=0, knn=knn(), knn_pixels=plumbing.knn_of_pixels(train, test, args.image_size, device)))
     for epoch in range(start_epoch, args.epochs):
 
         # ---- [shared: tree] tree of the epoch
@@ -331,9 +332,9 @@ def main(args):
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 raw_crops = encode_crops(backbone, projector, crops).float()  # (C, b, D)
             raw, embeddings = raw_crops[0], F.normalize(raw_crops, dim=2)
-            whole_batch = common.all_gather_rows(embeddings[:2].detach().transpose(0, 1))  # (B, 2, D), global crops
+            whole_batch = ranks.all_gather_rows(embeddings[:2].detach().transpose(0, 1))  # (B, 2, D), global crops
             if hierarchy and not args.no_reassign:
-                reassign(hierarchy, common.all_gather_rows(index), whole_batch[:, 1])
+                reassign(hierarchy, ranks.all_gather_rows(index), whole_batch[:, 1])
 
             # ---- [method] base loss: the queue is that of before this step
             now = epoch * steps_per_epoch + step
@@ -348,14 +349,14 @@ def main(args):
             if hierarchy:
                 z = F.normalize(torch.stack([head(raw) for head in model.heads], dim=1), dim=2)  # (B, L, D)
                 leaves = torch.randint(len(hierarchy.prototypes[0]), (batch_size, args.negative_paths),
-                                       generator=common.random_state(*place, "negative paths"))
-                leaves = leaves[common.local_rows(batch_size)].to(device, non_blocking=True)  # (B, M) paths, by leaf
+                                       generator=ranks.random_state(*place, "negative paths"))
+                leaves = leaves[ranks.local_rows(batch_size)].to(device, non_blocking=True)  # (B, M) paths, by leaf
                 losses["path"] = args.path_weight * common.semantic_path_loss(z, hierarchy, index, leaves)
 
             # ---- [shared] step
             optimizer.zero_grad()
             sum(losses.values()).backward()
-            plumbing.average(p.grad for p in model.parameters())
+            ranks.average(p.grad for p in model.parameters())
             optimizer.step()
 
             # ---- [shared: tree] log

@@ -1,4 +1,4 @@
-"""What images pass through: torchvision's networks by name, its ViT with tokens, batch norm over several processes.
+"""What images pass through: torchvision's networks by name, and its ViT with tokens.
 
 A script's own projectors and heads stand in the script. Letters: B batch, F backbone feature, V views, H W picture
 height and width, h w the same in patches, S patches.
@@ -9,7 +9,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from common import Stop, all_gather_rows, all_reduce_sum, differentiable_sum, local_rows, processes
+from common import Stop
+from ranks import local_rows
 
 
 # ---- backbone: torchvision's, by name
@@ -113,44 +114,3 @@ def backbone(arch, stem, image_size=224):
         network.maxpool = nn.Identity()
     network.fc = nn.Identity()
     return network, width
-
-
-# ---- batch norm over the rows of all processes
-class SyncBatchNorm(nn.SyncBatchNorm):
-    """Batch norm over the rows of all ranks, as many as each has: torch's, which wants a GPU, and ours elsewhere."""
-
-    process_group = None  # everyone
-
-    def forward(self, x):
-        if x.device.type == "cuda" or not self.training or processes() == 1:
-            return super().forward(x)
-        wide, over = x.to(torch.promote_types(x.dtype, torch.float32)), [0, *range(2, x.ndim)]
-        count = all_reduce_sum(x.new_full((), x.numel() / x.shape[1], dtype=torch.float32))
-        mean = differentiable_sum(wide.sum(over, keepdim=True)) / count  # (1, C, 1, ...)
-        var = differentiable_sum((wide - mean).pow(2).sum(over, keepdim=True)) / count
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.flatten(), self.momentum)
-            self.running_var.lerp_(var.flatten() * count / (count - 1), self.momentum)
-        scale, shift = (self.weight.view_as(mean), self.bias.view_as(mean)) if self.affine else (1, 0)
-        return ((wide - mean) * ((var + self.eps).rsqrt() * scale) + shift).to(x.dtype)
-
-
-def sync_batch_norm(module):
-    """Under several ranks, turn every batch norm into a SyncBatchNorm, in place: nothing else about it changes."""
-    for child in module.modules():
-        if processes() > 1 and isinstance(child, nn.modules.batchnorm._BatchNorm):
-            child.__class__ = SyncBatchNorm
-    return module
-
-
-def make_keys(encode, view, bn, generator):
-    """encode(view), keys (b, D) of the views (b, 3, S, S); bn "shuffle": in batches mixed across processes (MoCo's
-    shuffled BN), so that a batch's statistics do not tell which key belongs to which query.
-    """
-    if bn == "sync" or processes() == 1:  # one process has nobody to mix with
-        return encode(view)
-    everyone = all_gather_rows(view, equal=True)  # (B, 3, S, S) of all processes
-    order, mine = torch.randperm(len(everyone), generator=generator), local_rows(len(everyone))
-    shuffled = all_gather_rows(encode(everyone[order[mine]]), equal=True)  # (B, D)
-    return shuffled[order.argsort()[mine].to(shuffled.device)]

@@ -25,12 +25,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import common
-from common import Stop, all_gather_rows, all_reduce_sum, local_rows, processes, rank
-from networks import SyncBatchNorm
+from common import Stop
+from ranks import SyncBatchNorm, all_gather_rows, all_reduce_sum, average, local_rows, processes, rank
 
 TIMEOUT = timedelta(minutes=30)  # a process that is silent for longer is lost
 LARGEST = {int: 10**9, float: 1e30}  # what float32 and the machine bear
@@ -252,20 +253,19 @@ def evaluation(args, device, train, test, backbone):
     return features, lambda: common.knn_accuracy(train, test, lambda images: features(backbone, images))
 
 
-# ---- several processes
+def knn_of_pixels(train, test, size, device):
+    """kNN accuracy of the pictures themselves; None where that would take minutes, or on a GPU several GiB."""
+    most = 2e7 if torch.device(device).type == "cpu" else 2e8
+    if train.pixels is None or len(train) * size**2 > most:
+        return None
+    return common.knn_accuracy(train, test,
+                               lambda images: common.extract_features(nn.Flatten(), images, size, device=device))
+
+
 def set_lr(optimizer, lr):
     """The learning rate of every parameter, from now on."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-
-
-def average(tensors):
-    """Mean over ranks of those that are tensors, not None, in place and in one collective; nothing at world size 1."""
-    tensors = [t for t in tensors if t is not None]
-    if processes() > 1 and tensors:
-        flat = all_reduce_sum(torch.cat([t.flatten() for t in tensors])) / processes()
-        for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
-            t.copy_(part.view_as(t))
 
 
 # ---- the run folder

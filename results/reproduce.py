@@ -189,7 +189,8 @@ FILES = {  # in reading order
     "hirl_dino.py": "DINO + HIRL: the student predicts a centred, sharpened teacher; ResNet or ViT",
     "hirl_ibot.py": "iBOT + HIRL: DINO, and masked patches to predict; always a ViT",
     "eval_linear.py": "linear probe, kNN, fine-tuning with few labels, clusters and trees against labels",
-    "networks.py": "backbones by name, the ViT, batch norm over several processes",
+    "networks.py": "backbones by name, the ViT",
+    "ranks.py": "several processes as one: collectives, batch norm over all rows",
     "plumbing.py": "what surrounds a run: arguments, processes, `Run` (folder, log, checkpoint), the tree's picture; "
                    "nobody needs to open it",
     "textures.py": "the embedded data set",
@@ -271,7 +272,7 @@ def bare(name):
 
 def code_version(script):
     """Eight digits that change when the code behind a log does."""
-    files = (script, "common.py", "networks.py", "plumbing.py", "textures.py")
+    files = (script, "common.py", "networks.py", "plumbing.py", "ranks.py", "textures.py")
     return hashlib.blake2b("\n".join(map(bare, files)).encode(), digest_size=4).hexdigest()
 
 

@@ -25,6 +25,7 @@ import hirl_ibot
 import hirl_mocov3
 import hirl_swav
 import networks
+import ranks
 from test_losses import EXACT, SINGLE
 
 BOTH = pytest.mark.parametrize("script", (hirl_dino, hirl_ibot), ids=lambda script: script.__name__)
@@ -734,12 +735,12 @@ def test_ten_tries_in_vain_end_a_mask():
 
 
 def my_masks():
-    return hirl_ibot.random_masks(6, 4, 0.5, (0.1, 0.5), common.random_state(0, 1, 2, "masks"))
+    return hirl_ibot.random_masks(6, 4, 0.5, (0.1, 0.5), ranks.random_state(0, 1, 2, "masks"))
 
 
 def my_centres():
     teacher, center = logits(2, 6)
-    mine = teacher[:, common.local_rows(6)]
+    mine = teacher[:, ranks.local_rows(6)]
     model = SimpleNamespace(chosen=torch.full((7,), -2**40))
     use = hirl_dino.DINO.in_use(model, mine.softmax(dim=-1), 5, 3)
     return dict(moved=hirl_dino.moved_center(center, mine, 0.9), balanced=hirl_dino.balancing_center(mine, 0.3),
@@ -810,10 +811,10 @@ def test_the_loop_reads_as_the_papers_say(script, centering, tmp_path, pictures)
             peak = 0.05 * 16 / 256
             lr = (0, peak)[t] if t < 2 else 1e-6 + (peak - 1e-6) * (1 + math.cos(math.pi * (t - 2) / 10)) / 2
             half = (1 + math.cos(math.pi * t / 12)) / 2
-            u = torch.rand(4, 4, 16, generator=common.random_state(*place, "drop path"))
+            u = torch.rand(4, 4, 16, generator=ranks.random_state(*place, "drop path"))
             rate = torch.tensor([0, 0, 0.3, 0.3]).view(4, 1, 1)
             factors = (u >= rate) / (1 - rate)
-            masks = (hirl_ibot.random_masks(16, 4, 0.5, (0.1, 0.5), common.random_state(*place, "masks")) if ibot
+            masks = (hirl_ibot.random_masks(16, 4, 0.5, (0.1, 0.5), ranks.random_state(*place, "masks")) if ibot
                      else torch.zeros(2, 16, 4, 4, dtype=torch.bool))
             with torch.no_grad():
                 raw_t = [teacher.projector(teacher.backbone.tokens(crops[i])) for i in (0, 1)]

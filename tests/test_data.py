@@ -20,6 +20,7 @@ from torch.testing import assert_close
 from torchvision.transforms.functional import pil_to_tensor
 
 import common
+import ranks
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -270,7 +271,7 @@ def download(folder):
             if not (folder / f"{train}").exists():
                 time.sleep(0.5)
                 with open(folder / "fetched", "a") as f:
-                    f.write(f"{common.rank()}")
+                    f.write(f"{ranks.rank()}")
                 (folder / f"{train}").touch()
 
     datasets.CIFAR10 = Slow  # in a process of its own

@@ -1,7 +1,7 @@
 """No training step waits for its device, nor mixes two: every script's own loop on a stand-in for a GPU.
 
 The stand-in is torch's meta device, whose tensors hold no numbers: whoever needs one raises. The rest is seen by
-`Watch`, through whose hands every operation goes: copies to the device that wait, CPU tensors where the device's are
+`watch`, through whose hands every operation goes: copies to the device that wait, CPU tensors where the device's are
 due. What a step may do: queue work, and copy numbers drawn on the CPU to the device with non_blocking=True.
 """
 
@@ -12,11 +12,13 @@ import pytest
 import torch
 from conftest import SCRIPTS
 from PIL import Image
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import common
 import plumbing
+import ranks
 
 DEVICE, PICTURES, CLUSTERS, STEPS = torch.device("meta"), 64, (12, 6, 3), 2
 
@@ -33,7 +35,26 @@ DEPENDS_ON_NUMBERS = {"_local_scalar_dense", "nonzero", "masked_select", "bincou
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 
 
-class Watch(TorchDispatchMode):
+def holds_numbers(data):
+    """Whether a list or a tuple holds Python numbers, however deep."""
+    return isinstance(data, list | tuple) and any(isinstance(x, int | float) or holds_numbers(x) for x in data)
+
+
+class WatchCalls(TorchFunctionMode):
+    """Raises Waits where Python numbers become a tensor of the device."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        to_device = torch.device(kwargs.get("device") or "cpu") == DEVICE
+        if (function is torch.Tensor.new_tensor and args[0].device == DEVICE and holds_numbers(args[1])
+                or function in (torch.tensor, torch.as_tensor) and to_device and holds_numbers(args[0])
+                or function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and args[0].device == DEVICE
+                and any(isinstance(i, list) for i in (args[1] if isinstance(args[1], tuple) else (args[1],)))):
+            raise Waits("Python numbers become a tensor of the device, which waits: make it on the CPU and copy it")
+        return function(*args, **kwargs)
+
+
+class WatchOperations(TorchDispatchMode):
     """Raises Waits at an operation that waits for the device, or that two devices take part in."""
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
@@ -48,13 +69,18 @@ class Watch(TorchDispatchMode):
                 raise Waits(f"{name}: the CPU reads numbers of the device")
         elif mine and name in DEPENDS_ON_NUMBERS:
             raise Waits(f"{name}: a number, or a shape, that only the device knows")
-        elif mine and name == "lift_fresh":
-            raise Waits("Python numbers become a tensor of the device, which waits: make it on the CPU and copy it")
         elif mine and name in INDEXING and any(i is not None and i.dtype == torch.bool for i in args[1]):
             raise Waits(f"{name}: by a mask, whose count only the device knows")
         elif mine and any(x.device != DEVICE and x.ndim for x in inputs):
             raise Waits(f"{name}: tensors of two devices")
         return operation(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def watch():
+    """Raises Waits at what holds up the device's queue, or mixes devices."""
+    with WatchCalls(), WatchOperations():
+        yield
 
 
 class Finished(Exception):
@@ -77,7 +103,7 @@ class Run:
         for number, batch in enumerate(batches):
             if number == STEPS:
                 raise Finished
-            with Watch():
+            with watch():
                 yield batch
 
 
@@ -94,14 +120,14 @@ def train_on_stand_in(script, argv, monkeypatch):
     """Two steps of the script's own main() on the stand-in, the tree there from the first epoch."""
     pixels = torch.zeros(PICTURES, 3, 32, 32, dtype=torch.uint8, device=DEVICE)
     images = common.Images([f"{i}" for i in range(PICTURES)], pixels=pixels)
-    random_state = common.random_state
+    random_state = ranks.random_state
     for module, name, value in [
             (plumbing, "set_up", lambda args: DEVICE), (plumbing, "Run", Run),
             (plumbing, "evaluation", lambda args, *_: (lambda *_: on_device(PICTURES, args.dim), lambda: None)),
-            (common, "load_data", lambda *_: (images, None)), (common, "knn_of_pixels", lambda *_: None),
+            (plumbing, "knn_of_pixels", lambda *_: None), (common, "load_data", lambda *_: (images, None)),
             (common, "hierarchical_kmeans", tree),
             (common, "nearest_neighbours", lambda x, k: torch.arange(k).repeat(PICTURES, 1)),
-            (common, "random_state", lambda *place, device=None: random_state(*place)),  # neither of these
+            (ranks, "random_state", lambda *place, device=None: random_state(*place)),  # neither of these
             (torch, "autocast", lambda *_, **how: contextlib.nullcontext())]:  # knows the stand-in
         monkeypatch.setattr(module, name, value)
     method = importlib.import_module(script)
@@ -134,7 +160,7 @@ def test_no_view_waits_for_its_device(cropped):
     images = torch.zeros(8, 3, 16 if cropped else 20, 16 if cropped else 24, dtype=torch.uint8, device=DEVICE)
     if cropped:
         del draws["crop"]
-    with Watch():
+    with watch():
         view = common.render_view(images, draws, augmentation)
     assert view.device == DEVICE and view.shape == (8, 3, 16, 16)
 
@@ -149,7 +175,7 @@ def test_no_batch_waits_for_its_device(inside, tmp_path):
     images.pixels = torch.zeros(8, 3, 40, 40, dtype=torch.uint8, device=DEVICE) if inside else None
     view = common.Augmentation(size=16)
     planned = [(view, common.draw_view(5, view, torch.Generator().manual_seed(0)))] * 2 + [(view, {})]
-    with Watch():
+    with watch():
         views = common.make_views(images, torch.arange(3, 8), planned, DEVICE, workers=2)
     assert {x.device for x in views} == {DEVICE} and [len(x) for x in views] == [5, 5, 5]
 
@@ -164,6 +190,7 @@ WAITING = {
     "assignment by mask": lambda x: x.__setitem__(x > 0, on_device(3)),
     "list index": lambda x: x[[1, 0]],
     "new_tensor": lambda x: x.new_tensor([1.0, 2.0]),
+    "tensor": lambda x: torch.tensor([[1.0, 2.0]], device=x.device),
     "CPU index": lambda x: x[torch.tensor([1, 0])],
     "blocking copy": lambda x: torch.zeros(4).to(x.device),
     "blocking copy in place": lambda x: x.copy_(torch.zeros(4, 4)),
@@ -173,5 +200,5 @@ WAITING = {
 
 @pytest.mark.parametrize("name", WAITING)
 def test_the_watch_sees_what_waits(name):
-    with Watch(), pytest.raises(Waits):
+    with watch(), pytest.raises(Waits):
         WAITING[name](on_device(4, 4))

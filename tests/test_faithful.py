@@ -11,6 +11,7 @@ import csml
 import hcsc
 import hirl_moco
 import hirl_swav
+import ranks
 
 DIM = 8
 
@@ -35,11 +36,11 @@ def test_lambda_of_csml_is_beta_2_2(monkeypatch):
     monkeypatch.setattr(csml, "cutmix_box", lambda height, width, lam, center: drawn.append(lam) or (0, 0, 0, 0, lam))
     picture = torch.zeros(1, 1, 2, 2)
     for step in range(4000):
-        csml.cutmix(picture, picture, common.random_state(0, 0, step, "cutmix"))
+        csml.cutmix(picture, picture, ranks.random_state(0, 0, step, "cutmix"))
     lam = torch.tensor(drawn)
     assert abs(lam.mean() - 0.5) < 0.015 and abs(lam.var() - 0.05) < 0.004  # 4 standard deviations
     assert abs((lam < 0.25).float().mean() - 5 / 32) < 0.023
-    again = csml.cutmix(picture, picture, common.random_state(0, 0, 0, "cutmix"))[1]
+    again = csml.cutmix(picture, picture, ranks.random_state(0, 0, 0, "cutmix"))[1]
     assert again == drawn[0]  # from the step's generator: the same on every rank and after a resume
 
 

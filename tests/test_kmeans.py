@@ -17,6 +17,7 @@ from common import (
     all_gather_rows,
     cluster_sums,
     concentration,
+    greedy_seeds,
     hierarchical_kmeans,
     hierarchy_from_centroids,
     kmeans,
@@ -133,7 +134,7 @@ def test_weights_decide_between_drawn_rows():
     size = torch.tensor([60, 40, 60, 40])
     x = groups.repeat_interleave(size, 0) + 0.01 * unit(200, 2)
     weight = torch.tensor([1.0, 3, 1, 3]).repeat_interleave(size)
-    seeds = torch.cat([kmeans(x, 1, iterations=0, seed=seed, start_weight=weight)[0] for seed in range(30)])
+    seeds = torch.cat([greedy_seeds(x, weight, 1, torch.Generator().manual_seed(seed)) for seed in range(30)])
     assert seeds[:, 1].abs().gt(0.5).sum() >= 20
 
 
@@ -144,13 +145,13 @@ def test_seeding_beats_random_rows():
     assert seeded < 0.8 * drawn
 
 
-def test_start_weight():
+def test_seeds_of_weighted_rows():
     """Far outliers take the first clusters; not those without weight."""
     x = torch.cat([unit(80, 4), 5 * unit(20, 4, 1)])
     ones, zeros = torch.ones(100), torch.cat([torch.ones(80), torch.zeros(20)])
-    assert kmeans(x, 8, iterations=0, start_weight=ones)[0].norm(dim=1).gt(2).sum() >= 4
-    assert kmeans(x, 8, iterations=0, start_weight=zeros)[0].norm(dim=1).lt(2).all()
-    assert torch.equal(kmeans(x, 8)[0], kmeans(x, 8, start_weight=ones)[0])
+    seeds = [greedy_seeds(x, weight, 8, torch.Generator().manual_seed(0)) for weight in (ones, zeros)]
+    assert seeds[0].norm(dim=1).gt(2).sum() >= 4 and seeds[1].norm(dim=1).lt(2).all()
+    assert torch.equal(kmeans(x, 8, iterations=0)[0], seeds[0])
 
 
 def test_empty_clusters_are_refilled():
@@ -160,6 +161,7 @@ def test_empty_clusters_are_refilled():
             centroids, assign = kmeans(x, 60, iterations=iterations, init=far)
             assert assign.bincount(minlength=60).gt(0).all()
             assert torch.equal(assign, torch.cdist(x.double(), centroids.double()).argmin(1))
+    assert kmeans(x.half(), 60, init=x[:1].expand(60, 4))[1].bincount(minlength=60).gt(0).all()
 
 
 def test_close_rows_do_not_lose_their_cluster_to_rounding():
@@ -265,10 +267,10 @@ def test_memory_maps_are_read_in_blocks_with_equal_results(tmp_path):
         for init in (None, x[:k, :columns].float()):
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
-                streamed = kmeans(mapped[:rows, :columns], k, iterations=iterations, init=init, device="cpu")
+                streamed = kmeans(mapped[:rows, :columns], k, iterations=iterations, init=init)
             held = kmeans(x[:rows, :columns].float(), k, iterations=iterations, init=init)
             assert torch.equal(streamed[0], held[0]) and torch.equal(streamed[1], held[1])
-    for ours, theirs in zip(hierarchical_kmeans(mapped[:3000], [60, 9], temperature=0.2, device="cpu"),
+    for ours, theirs in zip(hierarchical_kmeans(mapped[:3000], [60, 9], temperature=0.2),
                             hierarchical_kmeans(x[:3000].float(), [60, 9], temperature=0.2)):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
 
@@ -326,8 +328,6 @@ def test_bad_input_is_one_sentence():
     for init in (x[:3], x[:2, :2], nan[3:5], x[:2].tolist() + [[0, 0, 0]]):
         with pytest.raises(ValueError, match="init"):
             kmeans(x, 2, init=init)
-    with pytest.raises(ValueError, match="start_weight"):
-        kmeans(x, 2, start_weight=torch.ones(9))
     with pytest.raises(ValueError, match="20 clusters of 5"):
         hierarchical_kmeans(x, [5, 20], temperature=0.2)
 
@@ -353,8 +353,8 @@ def test_hierarchical_kmeans():
         torch.testing.assert_close(tree.prototypes[level].norm(dim=1), torch.ones(k))
         if level:
             assert torch.equal(tree.assign[level], tree.parent[level - 1][tree.assign[level - 1]])
-        images = tree.assign[level - 1].bincount().sqrt() if level else None
-        raw, label = kmeans(items, k, start_weight=images)
+        weight = tree.assign[level - 1].bincount().sqrt() if level else torch.ones(400)
+        raw, label = kmeans(items, k, init=greedy_seeds(items, weight, k, torch.Generator().manual_seed(0)))
         distance = [math.dist(a, raw[b]) for a, b in zip(items, label)]
         phi = slow_concentration(distance, label, k, 0.3)
         np.testing.assert_allclose(tree.concentration[level], phi, rtol=1e-5)

@@ -24,6 +24,7 @@ import hirl_moco
 import hirl_simclr
 import hirl_swav
 import plumbing
+import ranks
 from test_losses import (
     EXACT,
     B,
@@ -115,7 +116,7 @@ def test_hcsc_terms_are_means_over_levels_by_default():  # H2
 def test_hcsc_draws_follow_the_chances():
     """0 never, 1 always, between them in proportion; a rank's rows are a slice of the whole batch's draw."""
     chance = torch.tensor([[0.0, 1.0, 0.25]]).expand(40_000, 3)
-    drawn, = hcsc.draw([chance], 40_000, common.random_state(0, "selection"))
+    drawn, = hcsc.draw([chance], 40_000, ranks.random_state(0, "selection"))
     share = drawn.float().mean(dim=0)
     assert share[0] == 0 and share[1] == 1 and abs(share[2] - 0.25) < 0.01  # 4 standard deviations
 
@@ -382,7 +383,7 @@ def two_epochs_of_moco(script, args, rows, levels, loss_terms):
 
 def path_term(place, index, z, tree):
     """HIRL's loss of level embeddings, against 20 leaves drawn by (seed, epoch, step)."""
-    leaves = torch.randint(12, (16, 20), generator=common.random_state(*place, "negative paths"))
+    leaves = torch.randint(12, (16, 20), generator=ranks.random_state(*place, "negative paths"))
     z = torch.stack([F.normalize(level, dim=1) for level in z], dim=1)
     return common.semantic_path_loss(z, tree, index, leaves)
 
@@ -399,7 +400,7 @@ def test_the_loop_of_hirl_moco_reads_as_the_papers_say(tmp_path, pictures):
 def test_the_loop_of_hcsc_reads_as_paper_and_release_say(release, tmp_path, pictures):
     """Chances from queue and tree as they are; instances drawn before prototypes; what --release changes, H1 to H6."""
     def terms(place, index, q, k, queue, tree, _):
-        generator = common.random_state(*place, "selection")
+        generator = ranks.random_state(*place, "selection")
 
         def draw(chances):
             return [torch.rand(chance.shape, generator=generator) < chance for chance in chances]
@@ -479,10 +480,10 @@ def test_the_loop_of_csml_reads_as_the_paper_says(tmp_path, pictures):
             x = F.normalize(common.extract_features(model.encoder_k.backbone, train, 16), dim=1)
             table = (x @ x.T).fill_diagonal_(-2).topk(4).indices  # (N, 4)
             share = (100 * (train.labels[:, None] == train.labels[table]).double().mean(dim=(0, 1))).tolist()
-        draw = torch.randint(4, (IMAGES, 1), generator=common.random_state(0, epoch, "neighbour"))
+        draw = torch.randint(4, (IMAGES, 1), generator=ranks.random_state(0, epoch, "neighbour"))
         train.partner = table.gather(1, draw)[:, 0]
         for step, _, (q, k, n, k_n) in common.batches(train, 16, [augmentation] * 2, seed=0, epoch=epoch):
-            m, lam = csml.cutmix(q, n, common.random_state(0, epoch, step, "cutmix"))
+            m, lam = csml.cutmix(q, n, ranks.random_state(0, epoch, step, "cutmix"))
             raw = model.encoder_q(torch.cat([q, n, m])).unflatten(1, (2, 128))  # (48, 2, 128)
             for p_k, p_q in zip(model.encoder_k.parameters(), model.encoder_q.parameters()):
                 p_k.data = args.ema_momentum * p_k.data + (1 - args.ema_momentum) * p_q.data

@@ -41,6 +41,7 @@ import hirl_simclr
 import hirl_swav
 import networks
 import plumbing
+import ranks
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port"]
 
@@ -50,9 +51,9 @@ def pair(request, pictures, tmp_path_factory):
     """(script, folder of a run of two ranks that nothing disturbed, what rank 0 printed); a tree from the start on."""
     folder = tmp_path_factory.mktemp("pair")
     argv = arguments(request.param, pictures, folder / "run", epochs=2, warmup_epochs=0, base_lr=0.005)
-    ranks = run_ranks(folder, request.param, argv)
-    assert ranks[1].out == ranks[0].err == ranks[1].err == ""  # rank 0 alone speaks
-    return request.param, folder / "run", ranks[0].out
+    everyone = run_ranks(folder, request.param, argv)
+    assert everyone[1].out == everyone[0].err == everyone[1].err == ""  # rank 0 alone speaks
+    return request.param, folder / "run", everyone[0].out
 
 
 def test_two_processes_reproduce_one(pair, pictures, tmp_path):
@@ -131,21 +132,22 @@ def test_resume_with_another_number_of_processes_is_stated(script, pictures, tmp
 
 def test_a_rank_that_is_stopped_ends_the_others(pictures, tmp_path):
     """Once it has been silent for the timeout, here 5 seconds."""
-    ranks = start_ranks(tmp_path, "hirl_moco", arguments("hirl_moco", pictures, "run", epochs=500), timeout=5)
-    ranks[0].wait_for(tmp_path / "run/checkpoint.pt")
-    os.kill(ranks[1].process.pid, signal.SIGSTOP)
-    assert ranks[0].finish(timeout=30) == 1 and "another process" in ranks[0].err and "Traceback" not in ranks[0].err
-    ranks[1].process.kill()
-    ranks[1].finish()
+    everyone = start_ranks(tmp_path, "hirl_moco", arguments("hirl_moco", pictures, "run", epochs=500), timeout=5)
+    everyone[0].wait_for(tmp_path / "run/checkpoint.pt")
+    os.kill(everyone[1].process.pid, signal.SIGSTOP)
+    assert everyone[0].finish(timeout=30) == 1
+    assert "another process" in everyone[0].err and "Traceback" not in everyone[0].err
+    everyone[1].process.kill()
+    everyone[1].finish()
 
 
 def test_a_folder_that_is_taken_stops_every_rank(pictures, tmp_path):
     argv = arguments("hirl_moco", pictures, "run", epochs=500)
     first = Play(tmp_path, "hirl_moco", argv)
     first.wait_for(tmp_path / "run/checkpoint.pt")
-    ranks = start_ranks(tmp_path, "hirl_moco", argv + ["--resume"])
-    assert [played.finish() for played in ranks] == [2, 1]
-    assert "in use" in ranks[0].err and "another process" in ranks[1].err
+    everyone = start_ranks(tmp_path, "hirl_moco", argv + ["--resume"])
+    assert [played.finish() for played in everyone] == [2, 1]
+    assert "in use" in everyone[0].err and "another process" in everyone[1].err
     first.process.terminate()
     assert first.finish() == 143
 
@@ -168,11 +170,11 @@ def test_half_a_torchrun(environment, pictures, tmp_path):
 
 def test_a_rank_that_dies_ends_the_others(pictures, tmp_path):
     """Within seconds, with a sentence: no hang."""
-    ranks = start_ranks(tmp_path, SCRIPTS[0], arguments(SCRIPTS[0], pictures, "run", epochs=1), only=1,
+    everyone = start_ranks(tmp_path, SCRIPTS[0], arguments(SCRIPTS[0], pictures, "run", epochs=1), only=1,
                         stop_at=(3, signal.SIGKILL))
-    assert ranks[1].finish() == -signal.SIGKILL
-    assert ranks[0].finish(timeout=30) == 1
-    assert "another process" in ranks[0].err and "Traceback" not in ranks[0].err
+    assert everyone[1].finish() == -signal.SIGKILL
+    assert everyone[0].finish(timeout=30) == 1
+    assert "another process" in everyone[0].err and "Traceback" not in everyone[0].err
 
 
 def call_in_rank(function, rank, size, folder):
@@ -207,7 +209,7 @@ def test_two_processes_move_the_same_images_in_the_tree(pictures, tmp_path):
 
 def sinkhorn_of_my_rows():
     scores = torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return hirl_swav.sinkhorn(scores[common.local_rows(7)], 0.3)
+    return hirl_swav.sinkhorn(scores[ranks.local_rows(7)], 0.3)
 
 
 def test_sinkhorn_of_three_processes_is_that_of_one(tmp_path):
@@ -216,48 +218,48 @@ def test_sinkhorn_of_three_processes_is_that_of_one(tmp_path):
 
 
 def use_collectives():
-    rank = common.rank()
+    rank = ranks.rank()
     rows = torch.arange(10.0).view(5, 2)[:3 - rank] + 100 * rank  # 3, 2 and 1 rows
     single = nn.Linear(2, 1)
     for p in single.parameters():
         p.grad = torch.full_like(p, 1.0 + rank)
-    plumbing.average(p.grad for p in single.parameters())
-    mine = common.local_rows(7)
-    keys = networks.make_keys(lambda x: 2 * x, torch.arange(4.0).view(2, 2) + 10 * rank, "shuffle",
+    ranks.average(p.grad for p in single.parameters())
+    mine = ranks.local_rows(7)
+    keys = ranks.make_keys(lambda x: 2 * x, torch.arange(4.0).view(2, 2) + 10 * rank, "shuffle",
                               torch.Generator().manual_seed(5))
-    gather = common.all_gather_rows
+    gather = ranks.all_gather_rows
     return dict(rows=gather(rows), none=gather(rows[:0]), only_first=gather(rows if rank == 0 else rows[:0]),
-                sum=common.all_reduce_sum(rows[:1].clone()),
+                sum=ranks.all_reduce_sum(rows[:1].clone()),
                 grad=single.weight.grad, slice=[mine.start, mine.stop], keys=keys)
 
 
 def test_collectives(tmp_path):
-    ranks = in_ranks(use_collectives, tmp_path, size=3)
+    everyone = in_ranks(use_collectives, tmp_path, size=3)
     everyone = torch.cat([torch.arange(10.0).view(5, 2)[:3 - rank] + 100 * rank for rank in range(3)])
-    for rank, found in enumerate(ranks):
+    for rank, found in enumerate(everyone):
         assert torch.equal(found["rows"], everyone) and found["none"].shape == (0, 2)
         assert torch.equal(found["only_first"], everyone[:3])
         assert torch.equal(found["sum"], torch.tensor([[300.0, 303.0]]))
         assert torch.equal(found["grad"], torch.full((1, 2), 2.0))  # the mean of 1, 2, 3
         assert torch.equal(found["keys"], 2 * (torch.arange(4.0).view(2, 2) + 10 * rank))  # shuffled and back
-    assert [found["slice"] for found in ranks] == [[0, 2], [2, 4], [4, 7]]  # they cover 7 rows without overlap
+    assert [found["slice"] for found in everyone] == [[0, 2], [2, 4], [4, 7]]  # they cover 7 rows without overlap
 
 
 def test_collectives_of_one_process_do_nothing():
     x = torch.arange(6.0).view(3, 2)
-    assert common.all_gather_rows(x) is x and common.all_reduce_sum(x) is x
-    assert (common.rank(), common.processes()) == (0, 1) and common.local_rows(7) == slice(0, 7)
+    assert ranks.all_gather_rows(x) is x and ranks.all_reduce_sum(x) is x
+    assert (ranks.rank(), ranks.processes()) == (0, 1) and ranks.local_rows(7) == slice(0, 7)
 
 
 def statistics_of_my_rows():
     """Plain batch norms that saw different rows; then they agree."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.BatchNorm1d(7, track_running_stats=False))
-    network(torch.randn(6, 5, generator=torch.Generator().manual_seed(common.rank())))
+    network(torch.randn(6, 5, generator=torch.Generator().manual_seed(ranks.rank())))
     before = network[1].running_mean.clone()
     run = SimpleNamespace(folder=Path("no/such"))
     plumbing.Run.resume(run, "cpu", model=network)
-    plumbing.average(run.statistics)
+    ranks.average(run.statistics)
     return dict(before=before, mean=network[1].running_mean, var=network[1].running_var)
 
 
@@ -276,26 +278,26 @@ def norm_network():
 
 def train_norm_network():
     """Three steps of this rank's half of the batch: outputs, input gradients, averaged gradients, statistics."""
-    network = networks.sync_batch_norm(norm_network())
+    network = ranks.sync_batch_norm(norm_network())
     x = torch.randn(3, 8, 3, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     weight = torch.randn(8, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    mine, outputs, gradients = common.local_rows(8), [], []
+    mine, outputs, gradients = ranks.local_rows(8), [], []
     for step in range(3):
         network.zero_grad()
         own = x[step, mine].clone().requires_grad_()
         y = network(own)
         (y * weight[mine]).sum(1).mean().backward()
-        plumbing.average(p.grad for p in network.parameters())
+        ranks.average(p.grad for p in network.parameters())
         outputs.append(y.detach())
-        gradients.append(own.grad / common.processes())
+        gradients.append(own.grad / ranks.processes())
     network.eval()
     return dict(outputs=torch.stack(outputs), inputs=torch.stack(gradients), state=network.state_dict(),
                 grads=[p.grad for p in network.parameters()], eval=network(x[0, mine]).detach())
 
 
 def frozen_after_synchronising():
-    network = networks.sync_batch_norm(norm_network().requires_grad_(False).eval())
-    assert any(isinstance(child, networks.SyncBatchNorm) for child in network)
+    network = ranks.sync_batch_norm(norm_network().requires_grad_(False).eval())
+    assert any(isinstance(child, ranks.SyncBatchNorm) for child in network)
     return [p.requires_grad for p in network.parameters()] + [child.training for child in network]
 
 
@@ -306,9 +308,9 @@ def test_sync_batch_norm_keeps_a_frozen_network_frozen(tmp_path):
 
 def norm_of_unequal_rows():
     """Of 9 rows, rank 0 has 3: outputs, gradients of the sum over all, statistics."""
-    norm = networks.sync_batch_norm(nn.Sequential(nn.BatchNorm1d(5))).double()
+    norm = ranks.sync_batch_norm(nn.Sequential(nn.BatchNorm1d(5))).double()
     x, weight = torch.randn(2, 9, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    mine = slice(9) if common.processes() == 1 else slice(3) if common.rank() == 0 else slice(3, 9)
+    mine = slice(9) if ranks.processes() == 1 else slice(3) if ranks.rank() == 0 else slice(3, 9)
     own = x[mine].clone().requires_grad_()
     y = norm(own)
     (y * weight[mine]).sum().backward()
@@ -317,9 +319,9 @@ def norm_of_unequal_rows():
 
 def test_sync_batch_norm_of_unequal_rows_equals_batch_norm_on_one(tmp_path):
     """iBOT's masked patches: as many as each rank's masks have."""
-    one, ranks = norm_of_unequal_rows(), in_ranks(norm_of_unequal_rows, tmp_path)
-    assert_close(torch.cat([rank["rows"] for rank in ranks]), one["rows"])
-    for rank in ranks:
+    one, everyone = norm_of_unequal_rows(), in_ranks(norm_of_unequal_rows, tmp_path)
+    assert_close(torch.cat([rank["rows"] for rank in everyone]), one["rows"])
+    for rank in everyone:
         assert_close(rank["state"], one["state"])
 
 
@@ -335,20 +337,20 @@ def test_sync_batch_norm_on_two_ranks_equals_batch_norm_on_one(tmp_path):
 def test_on_a_gpu_batch_norms_are_synchronised_by_torch(monkeypatch):
     monkeypatch.setattr(networks, "processes", lambda: 2)
     monkeypatch.setattr(nn.SyncBatchNorm, "forward", lambda norm, x: (norm.process_group, norm.weight))
-    norm = networks.sync_batch_norm(nn.BatchNorm2d(3))
+    norm = ranks.sync_batch_norm(nn.BatchNorm2d(3))
     assert norm(SimpleNamespace(device=torch.device("cuda"))) == (None, norm.weight)
 
 
 def simclr_gradients():
     """NT-Xent of this rank's share of 12 images through a network with batch norm: loss and averaged gradients."""
     torch.manual_seed(0)
-    network = networks.sync_batch_norm(nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 4))).double()
+    network = ranks.sync_batch_norm(nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 4))).double()
     x = torch.randn(2, 12, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    views = x[:, common.local_rows(12)].flatten(0, 1)
+    views = x[:, ranks.local_rows(12)].flatten(0, 1)
     z1, z2 = F.normalize(network(views), dim=1).chunk(2)
-    loss = hirl_simclr.nt_xent(*map(common.all_gather_rows_with_grad, (z1, z2)), 0.2)
+    loss = hirl_simclr.nt_xent(*[ranks.all_gather_rows(z, equal=True) for z in (z1, z2)], 0.2)
     loss.backward()
-    plumbing.average(p.grad for p in network.parameters())
+    ranks.average(p.grad for p in network.parameters())
     return dict(loss=loss.detach(), grads=[p.grad for p in network.parameters()])
 
 
@@ -363,9 +365,9 @@ def test_negatives_of_all_processes_and_their_gradients(size, tmp_path):
 
 def gather_with_gradient():
     """Each rank weighs the gathered rows in its own way."""
-    rank, size = common.rank(), common.processes()
+    rank, size = ranks.rank(), ranks.processes()
     rows = (torch.arange(4.0).view(2, 2) + 10 * rank).requires_grad_()
-    everyone = common.all_gather_rows_with_grad(rows)
+    everyone = ranks.all_gather_rows(rows, equal=True)
     (everyone.T * torch.arange(1.0, 2 * size + 1) * 10**rank).sum().backward()  # a transposed gradient as well
     return dict(rows=everyone.detach(), grad=rows.grad)
 
@@ -376,26 +378,26 @@ def test_gathered_rows_send_their_gradients_home(tmp_path):
         weight = torch.tensor([1.0, 2]) + 2 * rank  # of its rows, from rank 0 once and from rank 1 ten times
         assert torch.equal(found["grad"], 11 * weight[:, None].expand(2, 2))
     x = torch.ones(2, 2, requires_grad=True)
-    assert common.all_gather_rows_with_grad(x) is x  # one process: nothing happens
+    assert ranks.all_gather_rows(x, equal=True) is x  # one process: nothing happens
 
 
 def neighbours_of_uneven_shares():
     """A rank's rows are 700, 0 and 1300 of 2000; some of them are doubles of others' rows."""
     x = F.normalize(torch.randn(2000, 6, generator=torch.Generator().manual_seed(0)), dim=1)
     x[1500:1600] = x[:100]
-    share = (slice(0, 700), slice(700, 700), slice(700, 2000))[common.rank()]
+    share = (slice(0, 700), slice(700, 700), slice(700, 2000))[ranks.rank()]
     refusal = ""
     try:
-        common.nearest_neighbours(x[share].where(torch.tensor(common.rank() != 2), math.nan), 3)
+        common.nearest_neighbours(x[share].where(torch.tensor(ranks.rank() != 2), math.nan), 3)
     except ValueError as error:
         refusal = str(error)
     return dict(x=x, found=common.nearest_neighbours(x[share], 5), refusal=refusal)
 
 
 def test_nearest_neighbours_over_ranks(tmp_path):
-    ranks = in_ranks(neighbours_of_uneven_shares, tmp_path, size=3)
-    assert [len(rank["found"]) for rank in ranks] == [700, 0, 1300]
-    one = common.nearest_neighbours(ranks[0]["x"], 5)
-    assert torch.equal(torch.cat([rank["found"] for rank in ranks]), one)
+    everyone = in_ranks(neighbours_of_uneven_shares, tmp_path, size=3)
+    assert [len(rank["found"]) for rank in everyone] == [700, 0, 1300]
+    one = common.nearest_neighbours(everyone[0]["x"], 5)
+    assert torch.equal(torch.cat([rank["found"] for rank in everyone]), one)
     assert (one[:100, 0] == torch.arange(1500, 1600)).all()
-    assert all("1300 of 2000" in rank["refusal"] for rank in ranks)  # all learn of it, none waits for another
+    assert all("1300 of 2000" in rank["refusal"] for rank in everyone)  # all learn of it, none waits for another

@@ -163,7 +163,7 @@ def test_what_was_stopped_goes_on_and_its_log_is_kept(tmp_path, monkeypatch):
     for name, text in {"hirl_moco.py": SCRIPT, "eval_linear.py": EVALUATION}.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "results").mkdir()
-    for name in ("common.py", "networks.py", "plumbing.py", "textures.py"):
+    for name in ("common.py", "networks.py", "plumbing.py", "ranks.py", "textures.py"):
         (tmp_path / name).write_text("")
     monkeypatch.setattr(r, "ROOT", tmp_path)
     r.bare.cache_clear()
