@@ -29,13 +29,13 @@ import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from PIL import Image
 from torch import Tensor
+from torchvision import datasets
 
 import ranks
 from ranks import all_gather_rows, all_reduce_sum, local_rows, processes, random_state, rank, rows_before
 from textures import TEXTURE_NAMES, textures
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
-IN_MEMORY_BYTES = 4 * 2**30  # small pictures of one size up to this much live on the device as one tensor
 
 
 class Stop(Exception):
@@ -156,9 +156,8 @@ def load_data(data, data_root="data", device="cpu", validation=False):
         if train.labels is not None:
             held_out &= train.labels[:, 0] >= 0  # STL-10: most pictures carry no label
         train, test = (train.part(rows.nonzero()[:, 0]) for rows in (~held_out, held_out))
-    for images in (train, test):
-        if images and images.pixels is not None:
-            images.pixels = images.pixels.to(device)
+    for images in filter(None, (train, test)):
+        images.pixels = images.pixels if images.pixels is None else images.pixels.to(device)
     train.test = test
     return train, test
 
@@ -179,9 +178,8 @@ def picture_files(root):
 
 
 def folder(root, class_names=None):
-    """Every picture under `root`; its sub-folders, nested or not, are its labels coarse to fine.
-
-    class_names: those of the training split, so that both number the classes alike.
+    """Every picture under `root`; its sub-folders, nested or not, are its labels coarse to fine, numbered by their
+    class_names or those of the training split.
     """
     paths = sorted(picture_files(root))
     if not paths:
@@ -205,7 +203,7 @@ def folder(root, class_names=None):
 def in_memory(images):
     """Pictures in files as (N, 3, H, W) uint8, or None where they are large, many, or of several sizes."""
     width, height = images.picture(0).size
-    if max(width, height) > 128 or len(images) * 3 * height * width > IN_MEMORY_BYTES:
+    if max(width, height) > 128 or len(images) * 3 * height * width > 4 * 2**30:
         return None
     pixels = torch.empty(len(images), 3, height, width, dtype=torch.uint8)
     for row, picture in zip(pixels, ahead(images.picture, range(len(images)), threads=8)):
@@ -217,8 +215,6 @@ def in_memory(images):
 
 def torchvision_set(name, root, train):
     """CIFAR-10, CIFAR-100 (with its 20 superclasses) or STL-10 as Images, downloaded on first use."""
-    from torchvision import datasets
-
     split = train if name != "stl10" else "train+unlabeled" if train else "test"
     try:
         with ranks.first_rank_first():  # it downloads
@@ -299,31 +295,7 @@ def batches(images, batch_size, augmentations, *, seed, epoch, start=0, device="
     images.agree()
 
 
-@torch.no_grad()
-def extract_features(network, images, size, *, device="cpu", workers=0, batch_size=512, amp=False):
-    """The network's (n, F) float32 output for the central crop of every picture, this rank's n rows of N.
-
-    In evaluation mode (and back); nothing is augmented and the order is kept. FloatingPointError: not finite.
-    """
-    training = network.training
-    network.eval()
-    own = torch.arange(len(images))[local_rows(len(images))]
-    rows = own if len(own) else torch.zeros(1, dtype=torch.long)  # without a picture look at one, for the width
-    planned = [(Augmentation(size=size), {})]
-    features = []
-    for (view,) in ahead(lambda ids: make_views(images, ids, planned, device, workers), rows.split(batch_size)):
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
-            features.append(network(view).float())
-    network.train(training)
-    images.agree()
-    features = torch.cat(features)[:len(own)]
-    if not features.isfinite().all():
-        raise FloatingPointError("features are not finite")
-    return features
-
-
-# ---- views: every view is made on the device
-# `draw_view` draws every random number, `render_view` uses them and draws none, and nothing waits for the device. There
+# ---- views: `draw_view` draws every random number, on the CPU; `render_view` makes the views, on the device
 # torch.lerp with weights of 0 and 1 stands for torch.where: as exact, and several times faster on the CPU.
 
 
@@ -702,9 +674,8 @@ def kmeans(x, k, *, iterations=20, seed=0, init=None, exact=False):
 def concentration(distance, counts, temperature):
     """PCL's phi: (K,) summed distance and (K,) size -> (K,) per-prototype temperatures, mean = temperature.
 
-    phi = mean distance / log(size + 10); sizes 0 and 1 get the largest; clipped to the 10th-90th percentile, and
-    from below at a hundredth of the mean (an own guard: a cluster of equal items has distance 0, and q.c/phi
-    must stay finite).
+    phi = mean distance / log(size + 10); sizes 0 and 1 get the largest; clipped to the 10th-90th percentile, and from
+    below at a hundredth of the mean (an own guard: equal items have distance 0, and q.c/phi must stay finite).
     """
     phi = distance / counts.clamp(min=1) / (counts + 10.0).log()
     phi = torch.where(counts > 1, phi, phi.where(counts > 1, 0).max())
@@ -936,9 +907,8 @@ def nearest_neighbours(x, k):
 
 
 def knn_votes(sim, labels, classes, temperature=0.07):
-    """Votes (B, classes): each of the k neighbours gives exp(sim / temperature) to its label (B, k).
-
-    Where that would overflow, every vote of the row is smaller by one factor: finite at any temperature.
+    """Votes (B, classes): each of the k neighbours gives exp(sim / temperature) to its label (B, k); where that would
+    overflow, every vote of the row is smaller by one factor.
     """
     sim = sim - (sim.amax(1, keepdim=True) - 60 * temperature).clamp(min=0)
     return sim.new_zeros(len(sim), classes).scatter_add_(1, labels, (sim / temperature).exp())

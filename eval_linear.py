@@ -313,7 +313,7 @@ class Task:
     def features(self, images):
         """(N, F) of the central crops, computed once."""
         if images not in self.cache:
-            x = self.cache[images] = common.extract_features(self.network, images, self.args.image_size,
+            x = self.cache[images] = networks.extract_features(self.network, images, self.args.image_size,
                                                              device=self.device, workers=self.args.workers)
             if not x.norm().isfinite():
                 raise FloatingPointError("features too large to compare")
@@ -449,7 +449,7 @@ def finetune(task):
             if not all(p.isfinite().all() for p in model.parameters()):
                 raise Stop(f"fine-tuning diverged in epoch {epoch + 1}: try a lower --lr-trunk or --lr-head", code=1)
             if epoch + 1 == args.finetune_epochs or (epoch + 1) % math.ceil(args.finetune_epochs / 20) == 0:
-                logits = common.extract_features(model, task.test, args.image_size, device=device,
+                logits = networks.extract_features(model, task.test, args.image_size, device=device,
                                                  workers=args.workers)
                 accuracy[epoch + 1] = percent(logits.argmax(dim=1), test_y)
         rows.append(dict(depth=depth, classes=task.classes[depth], pictures=len(images), **last_and_best(accuracy)))

@@ -149,7 +149,7 @@ class Reading:
     # H2  Instance terms are averaged over levels, as prototype terms are. Release: summed, L times their weight.
     over_levels: object = torch.mean
     # H3  An image's own prototype is not its negative. Release: nor is that of any other image of the process's batch.
-    #     About (K_l - 1) (1 - 1/K_l)^B are left: at B 64 59 of 108, 2 of 27, none of 9. Of none loss and gradient are 0.
+    #     (K_l - 1) (1 - 1/K_l)^B are left: at B 64 59 of 108, 2 of 27, none of 9. Of none loss and gradient are 0.
     # H4  Release: the last cluster in use is never a negative either, off by one. Hardly matters.
     exclude: str = "own"
     # H5  Release: chances clipped; with K_l in the thousands that drops more than the selection does.

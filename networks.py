@@ -1,4 +1,4 @@
-"""What images pass through: torchvision's networks by name, and its ViT with tokens.
+"""What images pass through: torchvision's networks by name, its ViT with tokens; and the features of all images.
 
 A script's own projectors and heads stand in the script. Letters: B batch, F backbone feature, V views, H W picture
 height and width, h w the same in patches, S patches.
@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from common import Stop
+from common import Augmentation, Stop, ahead, make_views
 from ranks import local_rows
 
 
@@ -114,3 +114,27 @@ def backbone(arch, stem, image_size=224):
         network.maxpool = nn.Identity()
     network.fc = nn.Identity()
     return network, width
+
+
+# ---- features
+@torch.no_grad()
+def extract_features(network, images, size, *, device="cpu", workers=0, batch_size=512, amp=False):
+    """The network's (n, F) float32 output for the central crop of every picture, this rank's n rows of N.
+
+    In evaluation mode (and back); nothing is augmented and the order is kept. FloatingPointError: not finite.
+    """
+    training = network.training
+    network.eval()
+    own = torch.arange(len(images))[local_rows(len(images))]
+    rows = own if len(own) else torch.zeros(1, dtype=torch.long)  # without a picture look at one, for the width
+    planned = [(Augmentation(size=size), {})]
+    features = []
+    for (view,) in ahead(lambda ids: make_views(images, ids, planned, device, workers), rows.split(batch_size)):
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
+            features.append(network(view).float())
+    network.train(training)
+    images.agree()
+    features = torch.cat(features)[:len(own)]
+    if not features.isfinite().all():
+        raise FloatingPointError("features are not finite")
+    return features

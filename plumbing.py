@@ -30,6 +30,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import common
+import networks
 from common import Stop
 from ranks import SyncBatchNorm, all_gather_rows, all_reduce_sum, average, local_rows, processes, rank
 
@@ -247,8 +248,8 @@ def fit_batch(args, pictures):
 def evaluation(args, device, train, test, backbone):
     """features(network, images) -> (n, F) of own pictures; knn() -> the backbone's accuracies in percent, or None."""
     def features(network, images):
-        return common.extract_features(network, images, args.image_size, device=device, workers=args.workers,
-                                       amp=args.amp)
+        return networks.extract_features(network, images, args.image_size, device=device, workers=args.workers,
+                                         amp=args.amp)
 
     return features, lambda: common.knn_accuracy(train, test, lambda images: features(backbone, images))
 
@@ -259,7 +260,7 @@ def knn_of_pixels(train, test, size, device):
     if train.pixels is None or len(train) * size**2 > most:
         return None
     return common.knn_accuracy(train, test,
-                               lambda images: common.extract_features(nn.Flatten(), images, size, device=device))
+                               lambda images: networks.extract_features(nn.Flatten(), images, size, device=device))
 
 
 def set_lr(optimizer, lr):

@@ -25,6 +25,7 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import hirl_moco
+import networks
 import plumbing
 
 
@@ -101,7 +102,7 @@ def main():
         transforms.RandomGrayscale(view.gray_p), transforms.ToTensor(), transforms.Normalize(0.5, 0.25)])
     pictures = [train.picture(i) for i in range(args.batch_size)]
     fixed = next(stream())
-    features_s, x = clock(lambda: F.normalize(common.extract_features(model.encoder_k, train, 32, device=device),
+    features_s, x = clock(lambda: F.normalize(networks.extract_features(model.encoder_k, train, 32, device=device),
                                               dim=1), device)
     kmeans_s, hierarchy = clock(lambda: common.hierarchical_kmeans(x, clusters, temperature=0.2), device)
     seconds = alternate({

@@ -511,7 +511,7 @@ def path_of_two_epochs(train, clustered, epoch):
     """The tree of the second epoch, from features in evaluation mode; None in the first, the warm-up."""
     if epoch == 0:
         return None
-    x = F.normalize(common.extract_features(clustered, train, 16), dim=1)
+    x = F.normalize(networks.extract_features(clustered, train, 16), dim=1)
     return common.hierarchical_kmeans(x, [12, 4, 2], temperature=0.2, seed=1)
 
 

@@ -804,7 +804,7 @@ def test_the_loop_reads_as_the_papers_say(script, centering, tmp_path, pictures)
     for epoch in (0, 1):
         sums, t_t = {}, (0.04, 0.07)[epoch]
         if epoch == 1:
-            x = F.normalize(common.extract_features(teacher, train, 16), dim=1)
+            x = F.normalize(networks.extract_features(teacher, train, 16), dim=1)
             tree = common.hierarchical_kmeans(x, [12, 4, 2], temperature=0.1, seed=1)
         for step, index, crops in common.batches(train, 16, views, seed=0, epoch=epoch):
             t, place = 6 * epoch + step, (0, epoch, step)

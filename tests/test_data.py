@@ -20,6 +20,7 @@ from torch.testing import assert_close
 from torchvision.transforms.functional import pil_to_tensor
 
 import common
+import networks
 import ranks
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -69,7 +70,7 @@ def test_decoded_on_demand_equals_in_memory(partner, tmp_path):
         assert len(views) == len(other_views) == (2 if partner is None else 4)
         for a, b in zip(views, other_views):
             assert (a - b).abs().mean() < 0.05  # bytes are rounded between crop and colour
-    a, b = (common.extract_features(nn.Flatten(), images, 16) for images in (inside, outside))
+    a, b = (networks.extract_features(nn.Flatten(), images, 16) for images in (inside, outside))
     assert_close(a, b, rtol=0, atol=1e-4)
 
 
@@ -126,7 +127,7 @@ def features_of(folder):
     images, said = common.load_data(str(folder))[0], io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            x = common.extract_features(nn.Flatten(), images, 8)
+            x = networks.extract_features(nn.Flatten(), images, 8)
         ended = len(x)
     except common.Stop as stop:
         ended = str(stop)
@@ -169,7 +170,7 @@ def test_whatever_a_damaged_file_raises_it_is_one_unreadable_picture(content, tm
     else:
         (folder / "003.png").write_bytes(content)
     images, _ = common.load_data(str(folder))
-    assert common.extract_features(nn.Flatten(), images, 8).shape == (20, 192)
+    assert networks.extract_features(nn.Flatten(), images, 8).shape == (20, 192)
     assert list(images.unreadable) == [3] and images.picture(3) == images.picture(4)
     assert capfd.readouterr().err.count("neighbour: 003.png") == 1
 
@@ -245,7 +246,7 @@ def test_the_fingerprint_follows_content_and_order_of_both_splits(large, tmp_pat
 
 def accuracy(folder):
     train, test = common.load_data(str(folder))
-    return common.knn_accuracy(train, test, lambda images: common.extract_features(nn.Flatten(), images, 16), k=3)
+    return common.knn_accuracy(train, test, lambda images: networks.extract_features(nn.Flatten(), images, 16), k=3)
 
 
 @pytest.mark.parametrize("split", (True, False))
@@ -331,9 +332,9 @@ def test_no_number_of_threads_and_no_start_changes_a_batch(partner, large, capsy
         images, _ = common.load_data(str(large))
         images.partner = partner
         epochs.append(one_epoch(images, workers, start))
-        x = common.extract_features(nn.Flatten(), images, 16, workers=workers, batch_size=7)
+        x = networks.extract_features(nn.Flatten(), images, 16, workers=workers, batch_size=7)
         assert images.unreadable.keys() == {5} and images.index_of[5] == 6
-        assert torch.equal(x, common.extract_features(nn.Flatten(), images, 16)) and torch.equal(x[5], x[6])
+        assert torch.equal(x, networks.extract_features(nn.Flatten(), images, 16)) and torch.equal(x[5], x[6])
         assert capsys.readouterr().err.count("using its neighbour: 05.jpg") == 1
     first = epochs[0]
     assert [step for step, _, _ in first] == [*range(6)] and not any(5 in index for _, index, _ in first)

@@ -23,6 +23,7 @@ import hcsc
 import hirl_moco
 import hirl_simclr
 import hirl_swav
+import networks
 import plumbing
 import ranks
 from test_losses import (
@@ -357,7 +358,7 @@ def two_epochs_of_moco(script, args, rows, levels, loss_terms):
     for epoch in (0, 1):
         sums = {}
         if epoch == 1:
-            x = F.normalize(common.extract_features(model.encoder_k, train, 16), dim=1)
+            x = F.normalize(networks.extract_features(model.encoder_k, train, 16), dim=1)
             tree = common.hierarchical_kmeans(x, [12, 4, 2], temperature=0.2, seed=1)
         for step, index, (a, b) in common.batches(train, 16, [augmentation] * 2, seed=0, epoch=epoch):
             lr = 0.02 * 16 / 256 * 0.5 * (1 + np.cos(np.pi * (6 * epoch + step) / 12))
@@ -436,7 +437,7 @@ def test_the_loop_of_simclr_reads_as_described(tmp_path, pictures):
     for epoch in (0, 1):
         sums = {"simclr": 0.0, "path": 0.0}
         if epoch == 1:
-            x = F.normalize(common.extract_features(encoder, train, 16), dim=1)
+            x = F.normalize(networks.extract_features(encoder, train, 16), dim=1)
             tree = common.hierarchical_kmeans(x, [12, 4, 2], temperature=0.3, seed=1)
         for step, index, (a, b) in common.batches(train, 16, [augmentation] * 2, seed=0, epoch=epoch):
             past = 6 * epoch + step  # of 12 steps, the first 3 warm up
@@ -477,7 +478,7 @@ def test_the_loop_of_csml_reads_as_the_paper_says(tmp_path, pictures):
     for epoch in range(EPOCHS):
         sums = {}
         if epoch in (0, 2):
-            x = F.normalize(common.extract_features(model.encoder_k.backbone, train, 16), dim=1)
+            x = F.normalize(networks.extract_features(model.encoder_k.backbone, train, 16), dim=1)
             table = (x @ x.T).fill_diagonal_(-2).topk(4).indices  # (N, 4)
             share = (100 * (train.labels[:, None] == train.labels[table]).double().mean(dim=(0, 1))).tolist()
         draw = torch.randint(4, (IMAGES, 1), generator=ranks.random_state(0, epoch, "neighbour"))
@@ -531,7 +532,7 @@ def test_the_loop_of_swav_reads_as_the_papers_say(tmp_path, pictures):
     for epoch in (0, 1):
         sums = {"swav": 0.0, "path": 0.0}
         if epoch == 1:
-            x = F.normalize(common.extract_features(model.encoder, train, 16), dim=1)
+            x = F.normalize(networks.extract_features(model.encoder, train, 16), dim=1)
             tree = common.hierarchical_kmeans(x, [12, 4, 2], temperature=0.1, seed=1)
         for step, index, crops in common.batches(train, 16, [view, view, small, small], seed=0, epoch=epoch):
             done = (6 * epoch + step) / 12

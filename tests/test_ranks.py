@@ -39,7 +39,6 @@ from torch.testing import assert_close
 import common
 import hirl_simclr
 import hirl_swav
-import networks
 import plumbing
 import ranks
 
@@ -226,23 +225,24 @@ def use_collectives():
     ranks.average(p.grad for p in single.parameters())
     mine = ranks.local_rows(7)
     keys = ranks.make_keys(lambda x: 2 * x, torch.arange(4.0).view(2, 2) + 10 * rank, "shuffle",
-                              torch.Generator().manual_seed(5))
+                           torch.Generator().manual_seed(5))
     gather = ranks.all_gather_rows
     return dict(rows=gather(rows), none=gather(rows[:0]), only_first=gather(rows if rank == 0 else rows[:0]),
                 sum=ranks.all_reduce_sum(rows[:1].clone()),
-                grad=single.weight.grad, slice=[mine.start, mine.stop], keys=keys)
+                grad=single.weight.grad, slice=[mine.start, mine.stop], keys=keys,
+                objects=ranks.all_gather_objects(rank))
 
 
 def test_collectives(tmp_path):
-    everyone = in_ranks(use_collectives, tmp_path, size=3)
+    each = in_ranks(use_collectives, tmp_path, size=3)
     everyone = torch.cat([torch.arange(10.0).view(5, 2)[:3 - rank] + 100 * rank for rank in range(3)])
-    for rank, found in enumerate(everyone):
-        assert torch.equal(found["rows"], everyone) and found["none"].shape == (0, 2)
+    for rank, found in enumerate(each):
+        assert found["objects"] == [0, 1, 2] and torch.equal(found["rows"], everyone) and found["none"].shape == (0, 2)
         assert torch.equal(found["only_first"], everyone[:3])
         assert torch.equal(found["sum"], torch.tensor([[300.0, 303.0]]))
         assert torch.equal(found["grad"], torch.full((1, 2), 2.0))  # the mean of 1, 2, 3
         assert torch.equal(found["keys"], 2 * (torch.arange(4.0).view(2, 2) + 10 * rank))  # shuffled and back
-    assert [found["slice"] for found in everyone] == [[0, 2], [2, 4], [4, 7]]  # they cover 7 rows without overlap
+    assert [found["slice"] for found in each] == [[0, 2], [2, 4], [4, 7]]  # they cover 7 rows without overlap
 
 
 def test_collectives_of_one_process_do_nothing():
@@ -335,7 +335,7 @@ def test_sync_batch_norm_on_two_ranks_equals_batch_norm_on_one(tmp_path):
 
 
 def test_on_a_gpu_batch_norms_are_synchronised_by_torch(monkeypatch):
-    monkeypatch.setattr(networks, "processes", lambda: 2)
+    monkeypatch.setattr(ranks, "processes", lambda: 2)
     monkeypatch.setattr(nn.SyncBatchNorm, "forward", lambda norm, x: (norm.process_group, norm.weight))
     norm = ranks.sync_batch_norm(nn.BatchNorm2d(3))
     assert norm(SimpleNamespace(device=torch.device("cuda"))) == (None, norm.weight)
