@@ -65,13 +65,13 @@ VIT = dict(stem="7x7", projector="mlp", hidden=2048, dim=256, optimizer="adamw",
            final_weight_decay=0.4, drop_path=0.1, centering="mean", teacher_temperature=[0.04, 0.07],
            ema_momentum=0.996, init_std=0.02)
 SMALL = dict(VIT, local_crops=4, epochs=200, batch_size=256, base_lr=5e-4, final_lr=1e-6, lr_warmup=0.05, clip_grad=3.0,
-             freeze_last_layer=1, clusters=[1000, 200, 40], warmup_epochs=20, negative_paths=500)
+             freeze_last_layer=1, clusters=[3000, 1000, 100], warmup_epochs=20, negative_paths=500)
 PRESETS = {
     "textures": dict(arch="tiny", stem="3x3s2", projector="mlp-bn", hidden=256, dim=128, init_std=0.02, prototypes=512,
                      image_size=32, local_crops=0, local_size=16, epochs=14, batch_size=64, optimizer="sgd",
                      base_lr=0.6, final_lr=0.0, lr_warmup=0.0, weight_decay=5e-4, final_weight_decay=5e-4,
                      clip_grad=0.0, drop_path=0.0, freeze_last_layer=0, centering="sinkhorn",
-                     teacher_temperature=[0.03, 0.03], ema_momentum=0.8, clusters=[108, 27, 9], warmup_epochs=7,
+                     teacher_temperature=[0.03, 0.03], ema_momentum=0.8, clusters=[810, 270, 27], warmup_epochs=7,
                      negative_paths=100),
     "cifar": dict(SMALL, arch="vit-4-192-9", stem="3x3", init_std=0.0, prototypes=4096, image_size=32, local_size=16),
     "photos": dict(SMALL, arch="vit-8-384-12", prototypes=8192, image_size=96, local_size=48),

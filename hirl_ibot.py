@@ -54,13 +54,13 @@ VIT = dict(stem="7x7", projector="mlp", hidden=2048, dim=256, optimizer="adamw",
            final_weight_decay=0.4, drop_path=0.1, centering="mean", teacher_temperature=[0.04, 0.07],
            ema_momentum=0.996, init_std=0.02, patch_weight=1.0, eval_every=1)
 SMALL = dict(VIT, local_crops=4, epochs=200, batch_size=256, base_lr=5e-4, final_lr=1e-6, lr_warmup=0.05, clip_grad=3.0,
-             freeze_last_layer=1, clusters=[1000, 200, 40], warmup_epochs=20, negative_paths=500)
+             freeze_last_layer=1, clusters=[3000, 1000, 100], warmup_epochs=20, negative_paths=500)
 PRESETS = {
     "textures": dict(VIT, arch="vit-8-96-3", projector="mlp-bn", hidden=256, dim=128, init_std=0.0, prototypes=256,
                      image_size=32, local_crops=0, local_size=16, epochs=14, batch_size=64, base_lr=6e-3,
                      final_lr=1e-6, lr_warmup=0.05, final_weight_decay=0.04, clip_grad=3.0, drop_path=0.0,
                      freeze_last_layer=0, centering="sinkhorn", teacher_temperature=[0.02, 0.02], ema_momentum=0.9,
-                     patch_weight=0.1, clusters=[108, 27, 9], warmup_epochs=8, negative_paths=100, eval_every=7),
+                     patch_weight=0.1, clusters=[810, 270, 27], warmup_epochs=8, negative_paths=100, eval_every=7),
     "cifar": dict(SMALL, arch="vit-4-192-9", stem="3x3", init_std=0.0, prototypes=4096, image_size=32, local_size=16),
     "photos": dict(SMALL, arch="vit-8-384-12", prototypes=8192, image_size=96, local_size=48),
     "imagenet": dict(VIT, arch="vit_b_16", prototypes=8192, image_size=224, local_crops=10, local_size=96, epochs=400,

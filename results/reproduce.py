@@ -78,6 +78,9 @@ textures 5 hcsc.py --clusters 810 270 27
 textures 5 hcsc.py --clusters 81 54 27
 textures 5 hcsc.py --clusters 810 270 27 --release
 textures 5 hirl_moco.py --clusters 108 27 9
+textures 3 hcsc.py --clusters 810 270 27 --prototype-weight 0
+textures 3 hcsc.py --clusters 810 270 27 9 3
+textures 3 hirl_moco.py --clusters 810 270 27 9 3
 
 validation 3 hirl_moco.py --clusters 0
 validation 3 hirl_moco.py --clusters 810 270 27
@@ -98,27 +101,27 @@ validation 3 hirl_moco.py --clusters 810 270 27 --warmup-epochs 6
 validation 3 hirl_moco.py --clusters 810 270 27 --warmup-epochs 42
 validation 3 hcsc.py --clusters 81 54 27 --warmup-epochs 42
 
-bases 5 hirl_simclr.py --clusters 0
-bases 5 hirl_simclr.py
+bases 3 hirl_simclr.py --clusters 0
+bases 3 hirl_simclr.py
 
-bases 5 hirl_swav.py --clusters 0
-bases 5 hirl_swav.py
+bases 3 hirl_swav.py --clusters 0
+bases 3 hirl_swav.py
 
-bases 5 csml.py --neighbours 0
-bases 5 csml.py
-bases 5 csml.py --level-weights 0 0 0.5 1
+bases 3 csml.py --neighbours 0
+bases 3 csml.py
+bases 3 csml.py --level-weights 0 0 0.5 1
 
-bases 5 hirl_simsiam.py --clusters 0
-bases 5 hirl_simsiam.py
+bases 3 hirl_simsiam.py --clusters 0
+bases 3 hirl_simsiam.py
 
-bases 5 hirl_mocov3.py --clusters 0
-bases 5 hirl_mocov3.py
+bases 3 hirl_mocov3.py --clusters 0
+bases 3 hirl_mocov3.py
 
-bases 5 hirl_dino.py --clusters 0
-bases 5 hirl_dino.py
+bases 3 hirl_dino.py --clusters 0
+bases 3 hirl_dino.py
 
-bases 5 hirl_ibot.py --clusters 0
-bases 5 hirl_ibot.py
+bases 3 hirl_ibot.py --clusters 0
+bases 3 hirl_ibot.py
 
 cifar100 3 hirl_moco.py --clusters 0
 cifar100 3 hirl_moco.py --clusters 3000 1000 100
