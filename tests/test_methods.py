@@ -91,12 +91,12 @@ def test_momentum_update_moves_parameters_only():
 # ---- HCSC: readings and draws
 
 
-def test_hcsc_released_prototype_loss_vanishes_at_the_presets_scale():  # H3
-    """The CIFAR preset's 40 clusters at the top, 512 images: nobody has a negative left in the released reading."""
-    preset = hcsc.PRESETS["cifar"]
-    tree = random_tree(preset["clusters"], images=50_000)
-    index, q = torch.arange(preset["batch_size"]), unit(preset["batch_size"], D, seed=1).requires_grad_()
-    masks = [torch.ones(len(index), k) for k in preset["clusters"]]
+def test_hcsc_released_prototype_loss_vanishes_where_the_batch_meets_all_clusters():  # H3
+    """40 clusters at the top, the CIFAR preset's 512 images: nobody has a negative left in the released reading."""
+    clusters, batch_size = [1000, 200, 40], hcsc.PRESETS["cifar"]["batch_size"]
+    tree = random_tree(clusters, images=50_000)
+    index, q = torch.arange(batch_size), unit(batch_size, D, seed=1).requires_grad_()
+    masks = [torch.ones(len(index), k) for k in clusters]
     released = common.hcsc_prototype_loss(q, tree, index, masks, unselected="zero", exclude="batch")
     assert len(tree.assign[2][index].unique()) == 40
     assert released[2] == 0 and gradients(released, q)[2].abs().max() == 0
