@@ -2,7 +2,7 @@
 
 Read a script first (hirl_moco.py), and come here when you want to know how a helper does it. Functions are pure where
 they can be: tensors and numbers in, tensors out, randomness through a generator or an argument that is already drawn.
-Below it is ranks.py (several processes as one); above it plumbing.py (what surrounds a run: arguments, log, ...).
+Below is ranks.py (several processes as one); above are networks.py (backbones, features) and plumbing.py (a run).
 
 Letters: B batch, D embedding, F backbone feature, N images, L levels, K_l clusters at level l, M negative paths,
 V views, H W picture height and width, S side of a view. Rows are items, always.
@@ -99,10 +99,12 @@ class Images:
                 self.replace({shown: f"{type(error).__name__}: {error}"})
 
     def replace(self, found):
-        """Note {i: why}: the next picture, index and all, takes the place of i. Stop above 1 % of these."""
+        """Note {i: why}: the next picture, index, label and all, takes the place of i. Stop above 1 % of these."""
         for i, why in found.items():
-            self.unreadable[i] = why
-            self.index_of[self.index_of == i] = self.index_of[(i + 1) % len(self)]
+            self.unreadable[i], shown = why, self.index_of == i
+            self.index_of[shown] = self.index_of[(i + 1) % len(self)]
+            if self.labels is not None:
+                self.labels[shown] = self.labels[(i + 1) % len(self)]
         if found and len(self.unreadable) > min(len(self) - 1, max(1, 0.01 * len(self))):
             bad = ", ".join(self.names[i] for i in sorted(self.unreadable)[:20])
             raise Stop(f"{len(self.unreadable)} of {len(self)} pictures cannot be read, more than 1 % (the last one: "
@@ -152,7 +154,7 @@ def load_data(data, data_root="data", device="cpu", validation=False):
         what = "is a file, not a folder" if root.exists() else "does not exist, or may not be read"
         raise Stop(f"--data {data} {what}: give textures, cifar10, cifar100, stl10 or a folder of pictures")
     if validation and data != "textures":
-        held_out = torch.arange(len(train)) % 10 == 0
+        held_out = train.index_of % 10 == 0  # a stand-in goes where its original goes
         if train.labels is not None:
             held_out &= train.labels[:, 0] >= 0  # STL-10: most pictures carry no label
         train, test = (train.part(rows.nonzero()[:, 0]) for rows in (~held_out, held_out))
@@ -178,8 +180,8 @@ def picture_files(root):
 
 
 def folder(root, class_names=None):
-    """Every picture under `root`; its sub-folders, nested or not, are its labels coarse to fine, numbered by their
-    class_names or those of the training split.
+    """Every picture under `root`; its sub-folders, nested or not, are its labels coarse to fine, numbered in
+    class_names, the training split's, or else in their own.
     """
     paths = sorted(picture_files(root))
     if not paths:
@@ -446,10 +448,7 @@ def gaussian_blur(images, sigma, kernel_size):
 
 
 def normalize_pixels(images):
-    """float images in [0,1] -> what networks are fed: about zero mean and unit deviation, laid out for convolutions.
-
-    One mean and deviation for every data set and channel: nothing to keep with a checkpoint, and gray stays gray.
-    """
+    """float images in [0,1] -> what networks are fed, by one rule for every data set and channel: gray stays gray."""
     return (images - 0.5).div_(0.25).contiguous(memory_format=torch.channels_last)
 
 
@@ -634,7 +633,7 @@ def kmeans(x, k, *, iterations=20, seed=0, init=None, exact=False):
     if not 1 <= k <= total:
         raise ValueError(f"k-means: cannot make {k} clusters of {total} rows")
     generator, half, quick = torch.Generator().manual_seed(seed), x.is_cuda, k >= 1000 and not exact
-    far = quick and init is not None  # farther from the end than greedy seeds
+    far = quick and init is not None  # perhaps: what is given may be farther from the end than greedy seeds
     passes = iterations * 6 // 5 if far else iterations
     if init is None:
         init = greedy_seeds(x, torch.ones(len(x)), k, generator)
@@ -722,7 +721,7 @@ def hierarchical_kmeans(x, clusters, *, temperature, iterations=20, seed=0):
         centroids, label = kmeans(items, k, iterations=iterations, seed=seed, init=init)
         raw.append(centroids)
         labels.append(label)
-        images = all_reduce_sum(label.bincount(images, minlength=k))[local_rows(k)]
+        images = all_reduce_sum(label.bincount(images, minlength=k).double())[local_rows(k)]
         items = F.normalize(centroids, dim=1)[local_rows(k)]
     return hierarchy_from_centroids(x, raw, temperature, labels=labels)
 

@@ -57,13 +57,13 @@ import ranks
 # ---- [method] presets: one column a data scale, chosen by --data, printed at start
 PRESETS = {
     "textures": dict(arch="tiny", stem="3x3s2", projector="mlp-bn", image_size=32, epochs=12, batch_size=32,
-                     base_lr=0.8, weight_decay=5e-4, ema_momentum=0.75, queue_size=256, clusters=[108, 27, 9],
+                     base_lr=0.8, weight_decay=5e-4, ema_momentum=0.75, queue_size=256, clusters=[810, 270, 27],
                      warmup_epochs=7, neighbours=5, refresh_every=1, bn="sync"),
     "cifar": dict(arch="resnet18", stem="3x3", projector="mlp-bn", image_size=32, epochs=200, batch_size=512,
-                  base_lr=0.06, weight_decay=5e-4, ema_momentum=0.99, queue_size=4096, clusters=[1000, 200, 40],
+                  base_lr=0.06, weight_decay=5e-4, ema_momentum=0.99, queue_size=4096, clusters=[3000, 1000, 100],
                   warmup_epochs=20, neighbours=5, refresh_every=5, bn="sync"),
     "photos": dict(arch="resnet18", stem="7x7", projector="mlp-bn", image_size=96, epochs=200, batch_size=256,
-                   base_lr=0.06, weight_decay=5e-4, ema_momentum=0.99, queue_size=4096, clusters=[1000, 200, 40],
+                   base_lr=0.06, weight_decay=5e-4, ema_momentum=0.99, queue_size=4096, clusters=[3000, 1000, 100],
                    warmup_epochs=20, neighbours=5, refresh_every=5, bn="sync"),
     "imagenet": dict(arch="resnet50", stem="7x7", projector="mlp", image_size=224, epochs=200, batch_size=256,
                      base_lr=0.03, weight_decay=1e-4, ema_momentum=0.999, queue_size=65536,

@@ -22,7 +22,7 @@ one GPU                     python hirl_ibot.py --data cifar100 --amp --compile
 paper scale, 8 GPUs         torchrun --nproc-per-node=8 hirl_ibot.py --data /imagenet --amp
 
 Changes relative to hirl_dino.py (whose symbols and log these are): always a ViT; masks for the student, a learnt
-vector in place of a masked patch; S patches, their loss and centre c'. D1-D12, small, crops hold. DEVIATION on textures
+vector in place of a masked patch; S patches, their loss and centre c'. D1-D12 and small hold. DEVIATION on textures
 also: torchvision's initial ViT, a weak patch loss (a patch's colours give it away), only masked patches projected.
 
 Differs from paper (P), iBOT's code (I), HIRL's release (H); who does as this script, what the others do

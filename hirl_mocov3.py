@@ -106,7 +106,7 @@ def parse_args(argv=None):
     add("--head-width", type=plumbing.positive(int), help="between the layers of projector and predictor (preset)")
     add("--head-layers", type=plumbing.positive(int), help="linear layers of a level's head (HIRL; preset)")
     add("--freeze-patches", action=plumbing.argparse.BooleanOptionalAction, default=True,
-        help="a ViT's patch projection stays random (MoCo v3 section 4.1)")
+        help="a ViT's patch projection stays random (MoCo v3 section 4.2)")
     add("--optimizer", choices=["adamw", "lars", "sgd"], help="AdamW, LARS or momentum SGD (preset)")
     add("--lr-warmup", type=plumbing.positive(float, zero=True, most=1),
         help="share of the run over which the learning rate rises from 0 (MoCo v3; preset)")

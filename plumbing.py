@@ -273,7 +273,7 @@ def set_lr(optimizer, lr):
 class Run:
     """A run's folder and what it remembers. Every rank calls every method in the same order; rank 0 writes.
 
-    `keep` is what the epoch's features gave: a Hierarchy (on the device), a table of neighbours (on the CPU), or None.
+    `keep` is what the epoch's features gave: a Hierarchy (on the device), a table of neighbours, or None.
     """
 
     def __init__(self, args):

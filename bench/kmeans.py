@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from torchvision.transforms.functional import pil_to_tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import extract_features, hierarchical_kmeans, kmeans, load_data, near_centroids, normalize_pixels
+from common import hierarchical_kmeans, kmeans, load_data, near_centroids, normalize_pixels
+from networks import extract_features
 
 ITERATIONS, CLOCK = 20, time.perf_counter
 
@@ -94,6 +95,8 @@ def installed(name, device):
     from importlib.util import find_spec
 
     cuda = device != "cpu"
+    if name.startswith("faiss") and find_spec("faiss") is None:
+        return False
     if name == "faiss_gpu":
         import faiss
 

@@ -118,7 +118,7 @@ def main():
         print(f"{name:12} {1000 * took[name]:9.1f} ms   peak {peak[name]:8.0f} MiB")
     ours, theirs = last["common.py"], last["gathering"]
     print(f"ratio        {took['gathering'] / took['common.py']:9.1f} x faster, "
-          f"{peak['common.py'] / peak['gathering']:.3f} of the memory; values differ by "
+          f"{peak['common.py'] / max(peak['gathering'], 1e-9):.3f} of the memory; values differ by "
           f"{abs(ours[0] - theirs[0]):.1e}, gradients by {(ours[1] - theirs[1]).abs().max().item():.1e}")
 
 

@@ -39,7 +39,7 @@ PARTS = {  # row: functions, of the script where no module is named; an encoder 
     "cutmix": ["cutmix"],
     "backward": ["torch.Tensor.backward"],
     "optimizer": ["torch.optim.SGD.step", "torch.optim.SGD.zero_grad", "plumbing.set_lr", "larc",
-                  "plumbing.average"],
+                  "ranks.average"],
     "queue": ["MoCo.enqueue"],
     "log": ["plumbing.Run.end_step", "plumbing.feature_std"],
     BESIDE: ["common.draw_view", "common.render_view"],
@@ -92,7 +92,7 @@ def functions(script):
     for part, names in PARTS.items():
         for name in names:
             owner, (*path, last) = script, name.split(".")
-            if path and path[0] in ("torch", "common", "plumbing"):
+            if path and path[0] in ("torch", "common", "plumbing", "ranks"):
                 owner = importlib.import_module(path.pop(0))
             for attribute in path:
                 owner = getattr(owner, attribute, None)

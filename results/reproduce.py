@@ -480,7 +480,8 @@ def main():
     else:
         if args.compare:
             with ThreadPoolExecutor(args.jobs) as pool:
-                first = {(run.study, run.command): run for run, log in chosen if log and age(run, log)}
+                first = {(run.study, run.command): run for run, log in chosen
+                         if log and age(run, log) and run.study != "gpu"}
                 list(pool.map(add_figures, first.values()))
         well = args.tables or args.compare or perform_all(missing, args)
         write()

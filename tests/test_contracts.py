@@ -199,6 +199,14 @@ def test_files_import_without_side_effects():
         assert os.listdir(folder) == []
 
 
+def test_benchmarks_find_what_they_measure():
+    """They import names of the files above, which move."""
+    code = f"import runpy, sys; sys.path.insert(0, {str(ROOT / 'bench')!r})\n" + "".join(
+        f"runpy.run_path({str(path)!r}, run_name='bench')\n" for path in sorted((ROOT / "bench").glob("*.py")))
+    done = subprocess.run([sys.executable, "-B", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 # ---- what a reader takes away
 
 

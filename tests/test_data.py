@@ -112,6 +112,9 @@ def test_a_picture_that_costs_a_label_is_named(tmp_path, capsys):
 # ---- what cannot be read
 
 
+VIEW = common.Augmentation(size=8)
+
+
 def plain_folder(root, n, damaged=(), size=8):
     """n pictures, the second one larger, so that they are decoded on demand; files of these numbers are damaged."""
     root.mkdir()
@@ -122,26 +125,56 @@ def plain_folder(root, n, damaged=(), size=8):
     return root
 
 
-def features_of(folder):
-    """What a rank knows after one pass over the pictures: its table, stand-ins, what it said, and how it ended."""
+def features_of(folder, epoch=False):
+    """What a rank knows after one pass over the pictures, for features or as an epoch's batches: its table, stand-ins,
+    what it said, and how it ended.
+    """
     images, said = common.load_data(str(folder))[0], io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            x = networks.extract_features(nn.Flatten(), images, 8)
-        ended = len(x)
+            if epoch:
+                rows = [len(index) for _, index, _ in common.batches(images, 16, [VIEW], seed=0, epoch=0)]
+            else:
+                rows = [len(networks.extract_features(nn.Flatten(), images, 8))]
+        ended = sum(rows)
     except common.Stop as stop:
         ended = str(stop)
     return sorted(images.unreadable), images.index_of.tolist(), said.getvalue(), ended
 
 
-def test_ranks_know_all_unreadable_pictures_and_name_each_once(tmp_path):
+@pytest.mark.parametrize("epoch", (False, True))
+def test_ranks_know_all_unreadable_pictures_and_name_each_once(epoch, tmp_path):
     folder = plain_folder(tmp_path / "pictures", 240, damaged=(10, 200))
-    one, two = in_ranks(functools.partial(features_of, folder), tmp_path)
+    one, two = in_ranks(functools.partial(features_of, folder, epoch), tmp_path)
     assert one[0] == two[0] == [10, 200] and one[1] == two[1] and one[1][10] == 11 and one[1][200] == 201
     assert [(one[2] + two[2]).count(f"neighbour: {i:03d}.png") for i in (10, 200)] == [1, 1]
     assert one[3] == two[3] == 120
-    alone = features_of(folder)
+    alone = features_of(folder, epoch)
     assert alone[:3] == one[:3]
+
+
+def test_a_stand_in_brings_its_label(tmp_path):
+    """To every reader of labels: the image of class a whose file is damaged shows, and counts as, one of class b."""
+    for name in ("a", "b"):
+        plain_folder(tmp_path / name, 3, damaged=[2] * (name == "a"))
+    images, _ = common.load_data(str(tmp_path))
+    images.picture(2)
+    assert images.labels[:, 0].tolist() == [0, 0, 1, 1, 1, 1] and images.index_of[2] == 3
+
+
+def test_no_held_out_picture_is_trained_on_as_a_stand_in(tmp_path):
+    """Picture 9 is damaged and 10, the next, is held out: so is 9."""
+    for i in range(21):
+        Image.new("RGB", (8, 8), (10 * i, 0, 0)).save(tmp_path / f"{i:02d}.png")
+    (tmp_path / "09.png").write_bytes(b"no picture")
+    train, held_out = common.load_data(str(tmp_path), validation=True)
+    assert not {*train.pixels[:, 0, 0, 0].tolist()} & {*held_out.pixels[:, 0, 0, 0].tolist()}
+
+
+def test_held_out_pictures_do_not_vote():
+    """20 classes of one picture each, every tenth held out: no other picture knows its class."""
+    images = common.Images([*map(str, range(20))], torch.arange(20)[:, None], [[*map(str, range(20))]])
+    assert common.knn_accuracy(images, None, lambda _: torch.eye(20), k=1) == [0.0]
 
 
 @pytest.mark.parametrize("first", (6, 7))

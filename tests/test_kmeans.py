@@ -4,6 +4,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+import common
 from common import (
     all_gather_rows,
     cluster_sums,
@@ -126,6 +128,17 @@ def test_candidate_lists_reach_the_exact_objective():
     x = F.normalize(unit(300, 8, 1).repeat(20, 1) + 0.4 * torch.randn(6000, 8, generator=torch.manual_seed(0)), dim=1)
     lists, exact = (objective(x, *kmeans(x, 1000, init=x[:1000], exact=e)) for e in (False, True))
     assert lists < 1.003 * exact
+
+
+@pytest.mark.parametrize(("given", "passes", "searches"), ((False, 6, 2), (True, 7, 3)))
+def test_a_given_start_gets_more_passes_and_a_second_full_search(given, passes, searches):
+    """From K = 1000 on, 5 iterations: steps 0 to 5, all centroids at 0 and 5; with a start to 6, at 0, 1 and 6."""
+    x = torch.randn(4000, 8, generator=torch.manual_seed(0))
+    with (mock.patch.object(common, "near_centroids", wraps=common.near_centroids) as search,
+          mock.patch.object(common, "cluster_sums", wraps=common.cluster_sums) as average,
+          mock.patch.object(common, "greedy_seeds", lambda x, weight, k, generator: x[:k])):
+        kmeans(x, 1000, iterations=5, init=x[:1000] if given else None)
+    assert (average.call_count, search.call_count) == (passes, searches)
 
 
 def test_weights_decide_between_drawn_rows():

@@ -597,6 +597,12 @@ def test_a_preset_s_tree_shrinks_to_six_pictures_a_cluster(capsys):
         plumbing.fit_clusters(asked, 809)
 
 
+def test_raw_pixels_of_many_pictures_are_not_classified_on_the_cpu():
+    pixels = torch.zeros(20_000, 3, 1, 1, dtype=torch.uint8)
+    many = common.Images([""] * 20_000, torch.zeros(20_000, 1, dtype=torch.long), [["x"]], pixels)
+    assert plumbing.knn_of_pixels(many, None, 32, "cpu") is None
+
+
 def test_the_last_lines_without_an_accuracy_of_raw_pixels(tmp_path, monkeypatch, capsys):
     """They are left out where 50,000 pictures or more would take minutes."""
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
