@@ -49,18 +49,20 @@ def launch(main, parse_args):
         if getattr(sys, name) is None:  # closed by whoever started this
             setattr(sys, name, open(os.devnull, "w"))
         getattr(sys, name).reconfigure(errors="backslashreplace")  # any name can be printed in any locale
+    code = 0
     try:
         main(parse_args())
-        if processes() > 1:  # leave together: a process that ends while another still talks to it may abort
-            all_reduce_sum(torch.zeros(1))
-            dist.destroy_process_group()
+        all_reduce_sum(torch.zeros(1))  # leave together: who ends while another still talks to it may abort that
     except (Exception, KeyboardInterrupt) as error:
         code, sentence = explanation(error)
         if code == 141:  # nobody reads what is printed: nothing more is
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         elif code < 128 or rank() == 0:
             print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr, flush=True)
-        os._exit(code) if processes() > 1 else sys.exit(code)  # subtle: never wait for peers that are gone
+    if processes() > 1:  # subtle: never wait for peers that are gone, as destroy_process_group may do in torch 2.4
+        os._exit(code)
+    if code:
+        sys.exit(code)
 
 
 def explanation(error):
