@@ -551,8 +551,8 @@ def say(line):
 def write_tree(folder, images, features, hierarchy, rows=27, columns=10):
     """tree.png and clusters.csv of this rank's features (n, D) and the Hierarchy; rank 0 writes.
 
-    A row of the picture is a path of the learnt tree, every so many-th of them: of each cluster, coarse to fine, unless
-    it is that of the row above, a caption and the picture nearest to the prototype; of the leaf more pictures.
+    A row of the picture is one of the fullest paths of the learnt tree: of each cluster, coarse to fine, unless it is
+    that of the row above, a caption and the picture nearest to the prototype; of the leaf more pictures.
     """
     own = [(features * p[a[local_rows(len(images))]]).sum(1) for p, a in zip(hierarchy.prototypes, hierarchy.assign)]
     own = [all_gather_rows(similarity).cpu() for similarity in own]  # L x (N,), to the own prototype
@@ -564,8 +564,8 @@ def write_tree(folder, images, features, hierarchy, rows=27, columns=10):
         [["image", *(f"level{level}" for level in range(len(assign)))],
          *([name, *row] for name, row in zip(images.names, assign.T.tolist()))])
     write_atomically(folder / "clusters.csv", table.getvalue().encode(errors="surrogateescape"))
-    paths = assign.flip(0).unique(dim=1).T  # (K_0, L), coarse to fine, sorted
-    paths = paths[torch.linspace(0, len(paths) - 1, min(rows, len(paths))).long()].tolist()
+    paths, sizes = assign.flip(0).unique(dim=1, return_counts=True)  # (L, K_0), coarse to fine, sorted; (K_0,)
+    paths = paths.T[sizes.topk(min(rows, len(sizes))).indices.sort().values].tolist()
     size, caption, cell = 44, 96, 140  # of a picture and its margin, a caption, both; pixels
     canvas = Image.new("RGB", (len(assign) * cell + (columns - 1) * size, len(paths) * size), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(11)

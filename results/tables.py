@@ -51,6 +51,7 @@ class Setting(NamedTuple):
 
 # ---- cells
 
+DIGITS = {"nmi": 3, "rank": 3, "last": 2}  # of a measure, by its first word; else 1
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # two-sided, by df
 
 
@@ -73,10 +74,11 @@ def difference(logs, plain, what):
     if not both:
         return ""
     mean, half = interval(both)
+    digits = DIGITS.get(what.split()[0], 1)
     if half is None:
-        return f"{mean:+.1f}, one seed"
+        return f"{mean:+.{digits}f}, one seed"
     word = "helps " if mean > half else "hurts " if mean < -half else ""
-    return f"{word}{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
+    return f"{word}{mean:+.{digits}f} [{mean - half:+.{digits}f}, {mean + half:+.{digits}f}]"
 
 
 def cell(setting, what):
@@ -85,8 +87,7 @@ def cell(setting, what):
         return ", ".join(f"{statistics.mean(share):.2f}x" for share in zip(*(log.errors() for log in logs)))
     if what.startswith("difference "):
         return difference(setting.logs, setting.plain, what.removeprefix("difference "))
-    digits = {"nmi": 3, "rank": 3, "last": 2}.get(what.split()[0], 1)
-    return mean_std([log.measure(what) for log in logs], digits)
+    return mean_std([log.measure(what) for log in logs], DIGITS.get(what.split()[0], 1))
 
 
 # ---- tables
@@ -151,28 +152,31 @@ def picture(curves, panels):
     knn = {name: [{row["epoch"]: row["knn"] for row in log.rows[1:] if row["knn"]} for log in logs]
            for name, (_, logs) in curves.items() if logs}
     last = max((max(run) for runs in knn.values() for run in runs), default=1)
-    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 300" font-family="sans-serif" font-size="13">',
-             '<rect width="760" height="300" fill="white"/>']
-    for left, (title, level) in zip((50, 430), panels.items()):
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 780 330" font-family="sans-serif" font-size="13">',
+             '<rect width="780" height="330" fill="white"/>']
+    left = 50
+    for name, runs in knn.items():
+        parts.append(f'<text x="{left}" y="316" fill="{curves[name][0]}">{name} ({len(runs)})</text>')
+        left += 60 + 7 * len(name)
+    for left, (title, level) in zip((50, 440), panels.items()):
         values = [value[level] for runs in knn.values() for run in runs for value in run.values()] or [0, 100]
         low, high = min(values), max(values)
 
         def place(epoch, value, left=left, low=low, high=high):
             return f"{left + 300 * epoch / last:.1f},{250 - 220 * (value - low) / max(high - low, 1e-9):.1f}"
 
-        parts.append(f'<text x="{left}" y="18">kNN, {title}, %, by epoch: mean and range over the seeds</text>')
+        parts.append(f'<text x="{left}" y="18">kNN, {title}, % by epoch, mean and range</text>')
         for tick in range(int(low // 10 + 1) * 10, int(high) + 1, 10):
             y = place(0, tick).split(",")[1]
             parts.append(f'<path d="M{left} {y}h300" stroke="#ddd"/><text x="{left - 24}" y="{y}">{tick}</text>')
         parts += [f'<text x="{left + 300 * e / last - 8:.0f}" y="272">{e}</text>' for e in range(0, last + 1, 10)]
-        for i, (name, runs) in enumerate(knn.items()):
+        for name, runs in knn.items():
             epochs, colour = sorted(set.intersection(*map(set, runs))), curves[name][0]
             at = {epoch: [run[epoch][level] for run in runs] for epoch in epochs}
             band = [place(e, max(at[e])) for e in epochs] + [place(e, min(at[e])) for e in reversed(epochs)]
             mean = [place(e, statistics.mean(at[e])) for e in epochs]
             parts += [f'<polygon points="{" ".join(band)}" fill="{colour}" opacity="0.2"/>',
-                      f'<polyline points="{" ".join(mean)}" fill="none" stroke="{colour}" stroke-width="2"/>',
-                      f'<text x="{left + 130}" y="{190 + 18 * i}" fill="{colour}">{name} ({len(runs)})</text>']
+                      f'<polyline points="{" ".join(mean)}" fill="none" stroke="{colour}" stroke-width="2"/>']
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
