@@ -156,8 +156,9 @@ def picture(curves, panels):
              '<rect width="780" height="330" fill="white"/>']
     left = 50
     for name, runs in knn.items():
-        parts.append(f'<text x="{left}" y="316" fill="{curves[name][0]}">{name} ({len(runs)})</text>')
-        left += 60 + 7 * len(name)
+        colour = curves[name][0]
+        parts.append(f'<text x="{left:.0f}" y="316" font-size="12" fill="{colour}">{name} ({len(runs)})</text>')
+        left += 44 + 6.5 * len(name)
     for left, (title, level) in zip((50, 440), panels.items()):
         values = [value[level] for runs in knn.values() for run in runs for value in run.values()] or [0, 100]
         low, high = min(values), max(values)
