@@ -34,7 +34,7 @@ Differs from paper or released code
                 training script never reads it and has it off. --local-selection: on
   prototype     as released: an image's own is k-means' and its ancestors, not the most similar at each level (H8);
                 phi above level 0 is over child prototypes, not images (H9), all phi with PCL's clip and scale (H10)
-  lr, presets   cosine per step, per epoch in the release; below ImageNet as in hirl_moco.py
+  lr, presets   cosine per step, per epoch in the release; below ImageNet as in hirl_moco.py: 3, 2, 1 hurts (README)
 
 In the log  moco without a tree; with it instance and prototype, of small crops _local; dropped_l, what draws leave out.
             chance_level_loss is moco's; instance's, as in the paper, is the mean over l of ln(1 + Q (1 - dropped_l))
