@@ -104,7 +104,7 @@ class Images:
             self.unreadable[i], shown = why, self.index_of == i
             self.index_of[shown] = self.index_of[(i + 1) % len(self)]
             if self.labels is not None:
-                self.labels[shown] = self.labels[(i + 1) % len(self)]
+                self.labels[shown] = self.labels[(i + 1) % len(self)].clone()
         if found and len(self.unreadable) > min(len(self) - 1, max(1, 0.01 * len(self))):
             bad = ", ".join(self.names[i] for i in sorted(self.unreadable)[:20])
             raise Stop(f"{len(self.unreadable)} of {len(self)} pictures cannot be read, more than 1 % (the last one: "
