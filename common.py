@@ -258,12 +258,12 @@ def make_views(images, ids, planned, device, workers):
     Large pictures are decoded and cropped to bytes by `workers` threads; the rest is done on the device.
     """
     def crops(row):  # of one large picture, a crop for each view
-        made, picture = [], images.picture(int(ids[row]))
+        made, picture = [], TF.pil_to_tensor(images.picture(int(ids[row])))  # (3, H, W) bytes, strides of rows
         for view, draws in planned:
             u = draws["crop"][row:row + 1] if draws else None
-            top, left, h, w = crop_boxes(u, picture.height, picture.width, view)[0].tolist()
-            crop = picture.resize((view.size, view.size), Image.Resampling.BILINEAR, (left, top, left + w, top + h))
-            made.append(TF.pil_to_tensor(crop))
+            top, left, h, w = crop_boxes(u, *picture.shape[1:], view)[0].tolist()
+            made.append(F.interpolate(picture[None, :, top:top + h, left:left + w], [view.size] * 2, mode="bilinear",
+                                      antialias=True)[0])
         return made
 
     if images.pixels is None:

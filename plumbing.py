@@ -89,8 +89,8 @@ def set_up(args):
     """Device, processes, seed: everything before the data. Returns the torch.device."""
     with contextlib.suppress(OSError, AttributeError):  # glibc: keep large freed blocks, not fault every page in anew,
         libc = ctypes.CDLL("libc.so.6")  # which makes the augmentation twice as fast on the CPU
-        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, bytes
-        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block has a mapping of its own
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD, bytes
     several = os.environ.get("WORLD_SIZE", "1") != "1"
     name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+import torchvision.transforms.functional as TF
 from conftest import BATCH, IMAGES, MODES, make_pictures, save_in_mode
 from PIL import Image
 from test_ranks import in_ranks
 from torch.testing import assert_close
-from torchvision.transforms.functional import pil_to_tensor
 
 import common
 import networks
@@ -38,7 +38,7 @@ def test_pictures_of_any_mode_are_decoded_to_rgb(mode, tmp_path):
     pixels = np.zeros((6, 10, 3), np.uint8)
     pixels[:, 5:] = 255 if mode == "1" else (200, 60, 120)
     save_in_mode(pixels, mode, tmp_path / "x")
-    found = pil_to_tensor(common.decode(next(tmp_path.iterdir())))
+    found = TF.pil_to_tensor(common.decode(next(tmp_path.iterdir())))
     assert found.shape == (3, 6, 10) and found.dtype == torch.uint8
     gray = np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
     expected = gray if mode in ("L", "LA", "I;16") else pixels
@@ -51,7 +51,7 @@ def test_16_bits_are_scaled_not_clipped(tmp_path):
     values = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
     Image.fromarray(values).save(tmp_path / "x.png")
     expected = torch.arange(256).view(16, 16).expand(3, 16, 16)
-    assert torch.equal(pil_to_tensor(common.decode(tmp_path / "x.png")).long(), expected)
+    assert torch.equal(TF.pil_to_tensor(common.decode(tmp_path / "x.png")).long(), expected)
 
 
 @pytest.mark.parametrize("partner", (None, (torch.arange(40) * 7 + 3) % 40))
@@ -375,6 +375,18 @@ def test_no_number_of_threads_and_no_start_changes_a_batch(partner, large, capsy
         for (step, index, views), (_, expected, others) in zip(epoch, first[start:], strict=True):
             assert step >= start and torch.equal(index, expected) and len(views) == (2 if partner is None else 4)
             assert all(map(torch.equal, views, others))
+
+
+def test_large_pictures_are_cropped_before_they_are_resized(large):
+    """Bytes as torchvision's, two steps of rounding apart: no pixel beside the box counts."""
+    images, view = common.load_data(str(large))[0], common.Augmentation(size=16, flip=0, jitter_p=0, gray_p=0)
+    ids, draws = torch.arange(6, 24), common.draw_view(18, view, torch.Generator().manual_seed(0))
+    (got,) = common.make_views(images, ids, [(view, draws)], "cpu", 2)
+    for x, i, u in zip(got, ids.tolist(), draws["crop"], strict=True):
+        picture = TF.pil_to_tensor(images.picture(i)).float()
+        box = common.crop_boxes(u[None], *picture.shape[1:], view)[0].tolist()
+        want = TF.resized_crop(picture, *box, [16, 16], antialias=True)
+        assert ((x * 0.25 + 0.5) * 255 - want).abs().max() < 2
 
 
 def test_the_next_is_made_while_one_is_used(request):
