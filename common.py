@@ -491,7 +491,7 @@ class Hierarchy(NamedTuple):
     prototypes: list[Tensor]  # L x (K_l, D) float32, unit rows
     assign: list[Tensor]  # L x (N,) int64  image -> cluster at level l  (released: im2cluster)
     parent: list[Tensor]  # L-1 x (K_l,) int64  cluster at l -> cluster at l+1  (released: cluster2cluster)
-    concentration: list[Tensor]  # L x (K_l,) float32  PCL's phi, a temperature each  (released: density)
+    concentration: list[Tensor]  # L x (K_l,) float32  phi of PCL (2005.04966), a temperature each
 
 
 def near_centroids(x, centroids, top=1, half=False):

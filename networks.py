@@ -28,7 +28,12 @@ class TinyResNet(torchvision.models.ResNet):
 
 
 class ViT(torchvision.models.VisionTransformer):
-    """torchvision's VisionTransformer, key for key: (B, 3, H, W) of any size -> (B, F), the class token."""
+    """torchvision's VisionTransformer, key for key: (B, 3, H, W) of any size -> (B, F), the class token.
+
+    Its parameters in timm: conv_proj -> patch_embed.proj, class_token -> cls_token, encoder.pos_embedding -> pos_embed,
+    encoder.layers.encoder_layer_ -> blocks., ln_1 ln_2 -> norm1 norm2, self_attention.in_proj_ -> attn.qkv.,
+    self_attention.out_proj -> attn.proj, mlp.0 mlp.3 -> mlp.fc1 mlp.fc2, encoder.ln -> norm.
+    """
 
     def forward(self, x, **how):
         return self.tokens(x, **how)[:, 0]

@@ -154,7 +154,12 @@ gpu 1 hcsc.py
 
 TEXTURES = {"kNN, 3 families": "knn 0", "9 kinds": "knn 1", "27 leaves": "knn 2"}
 CIFAR = {"kNN, 20 classes": "knn 0", "100 classes": "knn 1"}
-TABLES = {  # a study and its columns, heading: measure
+TABLES = {  # a study or two and the columns, heading: measure; the rows, where not all
+    "summary": ("textures bases", {"27 leaves by kNN, the plain method": "plain knn 2", "with": "knn 2", "difference":
+                                   "difference knn 2", "difference by the linear probe": "difference linear"},
+                ["hirl_moco.py --clusters 810 270 27", "hcsc.py --clusters 810 270 27", "hcsc.py --clusters 81 54 27",
+                 "csml.py", "hirl_simclr.py", "hirl_swav.py", "hirl_simsiam.py", "hirl_mocov3.py", "hirl_dino.py",
+                 "hirl_ibot.py"]),
     "default": ("default", {**TEXTURES, "error, of before": "error", "CPU minutes": "cpu"}),
     "textures": ("textures", {**TEXTURES, "linear, 27 leaves": "linear", "27 leaves by kNN, beside the plain method":
                               "difference knn 2", "by the linear probe": "difference linear"}),
@@ -192,11 +197,6 @@ FILES = {  # in reading order
     "hirl_dino.py": "DINO + HIRL: the student predicts a centred, sharpened teacher; ResNet or ViT",
     "hirl_ibot.py": "iBOT + HIRL: DINO, and masked patches to predict; always a ViT",
     "eval_linear.py": "linear probe, kNN, fine-tuning with few labels, clusters and trees against labels",
-    "networks.py": "backbones by name, the ViT",
-    "ranks.py": "several processes as one: collectives, batch norm over all rows",
-    "plumbing.py": "what surrounds a run: arguments, processes, `Run` (folder, log, checkpoint), the tree's picture; "
-                   "nobody needs to open it",
-    "textures.py": "the embedded data set",
     "test_losses.py": "each loss against loops one can read, by hand, by law, lifted; the rest is in `tests/`",
 }
 COSTS = [  # log in results/, numbers in it, what they are, how they are said
@@ -417,6 +417,12 @@ def settings(study):
             for command, run in found.items()}
 
 
+def chosen_settings(of, studies, _, commands=()):
+    """The rows of a table, in the order of the commands where these are given."""
+    found = {command: setting for study in studies.split() for command, setting in of[study].items()}
+    return [found[command] for command in commands or found]
+
+
 def made_of_logs():
     """(name -> text of a table, the picture's text)."""
     of = {study: settings(study) for study in STUDIES}
@@ -424,7 +430,7 @@ def made_of_logs():
     curves = {command: (colour, [*of[study][command].logs.values()]) for command, colour in colours.items()}
     return {"verdict": verdict(of["default"]["hirl_moco.py"]), "cost": cost_table(COSTS, ROOT / "results"),
             "files": file_table(FILES, ROOT),
-            **{name: study_table(of[study].values(), columns) for name, (study, columns) in TABLES.items()},
+            **{name: study_table(chosen_settings(of, *table), table[1]) for name, table in TABLES.items()},
             }, picture(curves, panels)
 
 

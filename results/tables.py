@@ -85,6 +85,8 @@ def cell(setting, what):
     logs = setting.logs.values()
     if what == "error":
         return ", ".join(f"{statistics.mean(share):.2f}x" for share in zip(*(log.errors() for log in logs)))
+    if what.startswith("plain "):
+        return cell(setting._replace(logs=setting.plain), what.removeprefix("plain ")) if setting.plain else ""
     if what.startswith("difference "):
         return difference(setting.logs, setting.plain, what.removeprefix("difference "))
     return mean_std([log.measure(what) for log in logs], DIGITS.get(what.split()[0], 1))

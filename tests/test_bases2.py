@@ -60,7 +60,7 @@ def released_name(name):
 
 
 def timm_name(name):
-    """torchvision's name of a ViT's parameter -> timm's, by the key map of the README."""
+    """torchvision's name of a ViT's parameter -> timm's, by the key map of networks.ViT."""
     for ours, theirs in (("class_token", "cls_token"), ("encoder.pos_embedding", "pos_embed"),
                          ("conv_proj", "patch_embed.proj"), ("encoder.layers.encoder_layer_", "blocks."),
                          ("ln_1", "norm1"), ("ln_2", "norm2"), ("self_attention.in_proj_", "attn.qkv."),
