@@ -35,6 +35,7 @@ import ranks
 from ranks import all_gather_rows, all_reduce_sum, local_rows, processes, random_state, rank, rows_before
 from textures import TEXTURE_NAMES, textures
 
+BUILT_IN = ("textures", "cifar10", "cifar100", "stl10")  # what `load_data` knows by name
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 
 
@@ -120,13 +121,14 @@ class Images:
 
 
 def decode(path):
-    """A picture file of any mode as PIL's, RGB: 16-bit is scaled, alpha is dropped."""
+    """A picture file of any mode as PIL's, RGB: 16 bits and real numbers up to 1 are scaled, alpha is dropped."""
     if not os.path.isfile(path):
         raise ValueError("no regular file")  # a pipe would never end
     with Image.open(path) as picture:
-        if picture.mode.startswith(("I", "F")):  # 16 bits or real numbers a pixel: PIL would clip, not scale
+        if picture.mode.startswith(("I", "F")):  # PIL would clip, not scale
             values = np.asarray(picture, np.float32)
-            values = values * 255 if picture.mode == "F" and values.max() <= 1 else values / 257
+            deep = picture.mode.startswith("I;") or picture.format == "PNG" or values.max() > 255
+            values = values * 255 if picture.mode == "F" and values.max() <= 1 else values / 257 if deep else values
             picture = Image.fromarray(values.clip(0, 255).astype(np.uint8))
         return picture.convert("RGB")
 
@@ -142,7 +144,7 @@ def load_data(data, data_root="data", device="cpu", validation=False):
     if data == "textures":
         train, test = (Images([f"{i:05d}" for i in range(len(y))], y, TEXTURE_NAMES, pixels=x)
                        for x, y in (textures(200, seed=0), textures(40, seed=2 if validation else 1)))
-    elif data in ("cifar10", "cifar100", "stl10"):
+    elif data in BUILT_IN:
         train, test = (torchvision_set(data, data_root, train) for train in (True, False))
     elif (root / "train").is_dir():
         train = folder(root / "train")
@@ -258,12 +260,11 @@ def make_views(images, ids, planned, device, workers):
     Large pictures are decoded and cropped to bytes by `workers` threads; the rest is done on the device.
     """
     def crops(row):  # of one large picture, a crop for each view
-        made, picture = [], TF.pil_to_tensor(images.picture(int(ids[row])))  # (3, H, W) bytes, strides of rows
+        made, x = [], TF.pil_to_tensor(images.picture(int(ids[row])))  # (3, H, W) bytes
         for view, draws in planned:
             u = draws["crop"][row:row + 1] if draws else None
-            top, left, h, w = crop_boxes(u, *picture.shape[1:], view)[0].tolist()
-            made.append(F.interpolate(picture[None, :, top:top + h, left:left + w], [view.size] * 2, mode="bilinear",
-                                      antialias=True)[0])
+            i, j, h, w = crop_boxes(u, *x.shape[1:], view)[0].tolist()
+            made.append(F.interpolate(x[None, :, i:i + h, j:j + w], view.size, mode="bilinear", antialias=True)[0])
         return made
 
     if images.pixels is None:
@@ -812,7 +813,7 @@ def hcsc_instance_loss(q, k, queue, masks, temperature, *, unselected="remove"):
     DEVIATION (released code): unselected="zero" multiplies the logit by the mask instead, so that an entry that
     was left out still adds exp(0) = 1 to the sum.
     """
-    rest = {"remove": -math.inf, "zero": 0.0}[unselected]
+    rest = {"remove": -torch.inf, "zero": 0.0}[unselected]
     pos = (q * k.detach()).sum(dim=1, keepdim=True) / temperature  # (B, 1)
     neg = q @ queue.detach().T / temperature  # (B, Q)
     losses = []
@@ -833,7 +834,7 @@ def hcsc_prototype_loss(q, hierarchy, index, masks, *, unselected="remove", excl
     the batch, and the largest cluster number in use, off everybody's negatives: when a batch meets every
     cluster of a level none is left, and loss and gradient are exactly 0.
     """
-    rest, batch = {"remove": -math.inf, "zero": 0.0}[unselected], {"own": False, "batch": True}[exclude]
+    rest, batch = {"remove": -torch.inf, "zero": 0.0}[unselected], {"own": False, "batch": True}[exclude]
     losses = []
     for prototypes, assign, phi, mask in zip(hierarchy.prototypes, hierarchy.assign, hierarchy.concentration, masks):
         own = assign[index][:, None]  # (B, 1)
@@ -842,7 +843,7 @@ def hcsc_prototype_loss(q, hierarchy, index, masks, *, unselected="remove", excl
         if batch:
             absent = torch.arange(len(prototypes), device=q.device) >= assign.max()  # off by one: never the last
             absent[own] = True
-            kept = kept.masked_fill(absent, -math.inf)
+            kept = kept.masked_fill(absent, -torch.inf)
         pos = logits.gather(1, own)  # (B, 1)
         losses.append((kept.scatter(1, own, pos).logsumexp(dim=1) - pos[:, 0]).mean())
     return torch.stack(losses)

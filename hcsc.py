@@ -16,8 +16,8 @@
     7  step on 4 + 6, each averaged over the levels; enqueue k
 
 CPU demo, under 3 minutes   python hcsc.py
-as the authors' code        python hcsc.py --release
-the same without hierarchy  python hcsc.py --clusters 0
+as the authors' code        python hcsc.py --release --out runs/release
+the same without hierarchy  python hcsc.py --clusters 0 --out runs/plain
 one GPU                     python hcsc.py --data cifar100 --amp --compile
 paper scale, 8 GPUs         torchrun --nproc-per-node=8 hcsc.py --data /imagenet --amp --multi-crop
 
@@ -29,11 +29,11 @@ Changes relative to hirl_moco.py: no level heads, no paths; the tree chooses neg
 
 Differs from paper or released code
   --release     the released code differs from the paper in H1 to H6: see class Reading
-  small crops   (--multi-crop) as released: summed over crops (H11), one draw of instances for all, of prototypes one
+  small crops   (--multi-crop) as released: summed over crops, one draw of instances for all, of prototypes one
                 each. Do they select instances? The released configuration says so (selection_on_local: 1), but the
                 training script never reads it and has it off. --local-selection: on
-  prototype     as released: an image's own is k-means' and its ancestors, not the most similar at each level (H8);
-                phi above level 0 is over child prototypes, not images (H9), all phi with PCL's clip and scale (H10)
+  prototype     as released: an image's own is k-means' and its ancestors, not the most similar at each level;
+                phi above level 0 is over child prototypes, not images, all phi with PCL's clip and scale
   lr, presets   cosine per step, per epoch in the release; below ImageNet as in hirl_moco.py: 3, 2, 1 hurts (README)
 
 In the log  moco without a tree; with it instance and prototype, of small crops _local; dropped_l, what draws leave out.
@@ -149,7 +149,7 @@ class Reading:
     # H2  Instance terms are averaged over levels, as prototype terms are. Release: summed, L times their weight.
     over_levels: object = torch.mean
     # H3  An image's own prototype is not its negative. Release: nor is that of any other image of the process's batch.
-    #     (K_l - 1) (1 - 1/K_l)^B are left: at B 64 59 of 108, 2 of 27, none of 9. Of none loss and gradient are 0.
+    #     K_l (1 - 1/K_l)^B are left: at B 64 60 of 108, 2 of 27, none of 9. Of none loss and gradient are 0.
     # H4  Release: the last cluster in use is never a negative either, off by one. Hardly matters.
     exclude: str = "own"
     # H5  Release: chances clipped; with K_l in the thousands that drops more than the selection does.

@@ -16,33 +16,33 @@
     6  the centre follows the teacher's logits; step on DINO + HIRL; the teacher follows the student
 
 CPU demo, under 3 minutes   python hirl_dino.py
-the same without hierarchy  python hirl_dino.py --clusters 0
+the same without hierarchy  python hirl_dino.py --clusters 0 --out runs/plain
 one GPU                     python hirl_dino.py --data cifar100 --amp --compile
 paper scale, 8 GPUs         torchrun --nproc-per-node=8 hirl_dino.py --data /imagenet --amp
 
 Symbols  V crops, global ones first; s, t logits of student (V, B, P) and teacher (2, B, P); c centre; T temperature
          in the log, entropy: of the targets, entropy_of_mean: of their mean, both ln P if all is uniform, the second
-         small if few outputs are used; prototypes_in_use: outputs that were a target's largest within an epoch
+         small if few outputs are used; prototypes_in_use: largest of a target in an epoch's steps, on average
 
 Changes relative to hirl_moco.py: student and teacher, three-layer projectors, learnt prototypes (another thing than
 the tree's), local crops; cross entropy and a centre instead of InfoNCE and a queue; AdamW, more schedules.
 
-Differs from paper (P), DINO's code (D), HIRL's release (H); who does as this script, what the others do
-  D1 PDH  the loss uses the old centre, which then moves by the raw logits of both global crops
-  D2 D    the teacher moves after the step; H before the forward pass, one update ahead
-  H6 D    schedules are read at their step; H rounds down, 7 % of the steps get the value before
-  D3 D    gradients are clipped tensor by tensor; H all together, D4 a frozen last layer included
-  D5 DH   positions, class token, last layer decay: all but vectors
-  D6 D    the teacher starts as a copy; H its head as another random network
-  D7      the levels' heads decay like the rest; H by a constant 0.01, biases too
-  D8 DH   positions for local crops are interpolated up to a tenth of a patch off, to fit their weights
-  D9 DH   the mean over pairs of crops; P the sum
-  D10 D   all crops go through the projector together; H global and local apart, which batch norm there can tell
-  D11 P   T_t rises over a tenth of the epochs (30 of 300); D and H 50 of 400 for ViT-B
-  D12     --amp or not for base and HIRL alike; H fp16 without, fp32 with hierarchy. Crops are resized bilinearly
-  small   DEVIATION on textures: a centre that balances the batch (--centering sinkhorn, as in SwAV and DINOv2),
-          batch norm in the projector, SGD; in 800 steps the running mean collapses or learns little.
-          cifar: a ViT that starts as torchvision's (--init-std 0)
+Differs from paper (P), DINO's code (D), HIRL's release (H): number, who does as this script, what the others do
+  D1   PDH  the loss uses the old centre, which then moves by the raw logits of both global crops
+  D2   D    the teacher moves after the step; H before the forward pass, one update ahead
+  H6   D    schedules are read at their step; H rounds down, 7 % of the steps get the value before
+  D3   D    gradients are clipped tensor by tensor; H all together, D4 a frozen last layer included
+  D5   DH   positions, class token, last layer decay: all but vectors
+  D6   D    the teacher starts as a copy; H its head as another random network
+  D7        the levels' heads decay like the rest; H by a constant 0.01, biases too
+  D8   DH   positions for local crops are interpolated up to a tenth of a patch off, to fit their weights
+  D9   DH   the mean over pairs of crops; P the sum
+  D10  D    all crops go through the projector together; H global and local apart, which batch norm there can tell
+  D11  P    T_t rises over a tenth of the epochs (30 of 300); D and H 50 of 400 for ViT-B
+  D12       --amp or not for base and HIRL alike; H fp16 without, fp32 with hierarchy. Crops are resized bilinearly
+  small     DEVIATION on textures: a centre that balances the batch (--centering sinkhorn, as in SwAV and DINOv2),
+            batch norm in the projector, SGD; in 800 steps the running mean collapses or learns little.
+            cifar: a ViT that starts as torchvision's (--init-std 0)
 """
 
 # ---- [method] import
@@ -251,7 +251,7 @@ def balancing_center(teacher, temperature, iterations=3):
 
 # ---- [shared: dino] schedules
 def step_schedule(start, end, steps, warmup=0):
-    """A value a step: `warmup` steps in a line from 0 to `start`, the last of them at it, then a cosine from `start` on
+    """A value a step: `warmup` steps in a line from 0 to `start` (a single one at 0), then a cosine from `start` on
     that stops one step short of `end`. Source: DINO's released code.
     """
     rise = [start * t / max(1, warmup - 1) for t in range(warmup)]
@@ -260,7 +260,7 @@ def step_schedule(start, end, steps, warmup=0):
 
 
 def epoch_schedule(start, end, epochs, warmup):
-    """A value an epoch: `warmup` epochs in a line from `start` to `end`, the last of them at it, then `end`."""
+    """A value an epoch: `warmup` epochs in a line from `start` to `end` (a single one at `start`), then `end`."""
     return [start + (end - start) * e / max(1, warmup - 1) if e < warmup else end for e in range(epochs)]
 
 
@@ -343,7 +343,7 @@ def main(args):
             place = (args.seed, epoch, step)  # what every draw follows from
 
             # ---- [shared: dino] schedules' values
-            now, temperature = round(done * steps), temperatures[epoch]
+            now, temperature_t = round(done * steps), temperatures[epoch]
             for group in optimizer.param_groups:
                 group["lr"], group["weight_decay"] = lrs[now], decays[now] * group["decayed"]
 
@@ -359,10 +359,10 @@ def main(args):
             t = model.teacher.logits(raws_t)  # (2, b, P)
 
             # ---- [method] base loss
-            center = model.center if args.centering == "mean" else balancing_center(t, temperature)
-            losses = {"dino": dino_loss(s, t, center, args.temperature, temperature)}
+            center = model.center if args.centering == "mean" else balancing_center(t, temperature_t)
+            losses = {"dino": dino_loss(s, t, center, args.temperature, temperature_t)}
             watched = {"feature_std": plumbing.feature_std(F.normalize(raw, dim=1)),
-                       **model.in_use(F.softmax((t - center) / temperature, dim=-1), now, steps_per_epoch)}
+                       **model.in_use(F.softmax((t - center) / temperature_t, dim=-1), now, steps_per_epoch)}
             model.center.copy_(moved_center(model.center, t, args.center_momentum))
 
             # ---- [shared: hirl] path loss

@@ -17,7 +17,7 @@
     7  the centres follow the teacher's logits; step on DINO + iBOT + HIRL; the teacher follows the student
 
 CPU demo, under 3 minutes   python hirl_ibot.py
-the same without hierarchy  python hirl_ibot.py --clusters 0
+the same without hierarchy  python hirl_ibot.py --clusters 0 --out runs/plain
 one GPU                     python hirl_ibot.py --data cifar100 --amp --compile
 paper scale, 8 GPUs         torchrun --nproc-per-node=8 hirl_ibot.py --data /imagenet --amp
 
@@ -25,13 +25,13 @@ Changes relative to hirl_dino.py (whose symbols and log these are): always a ViT
 vector in place of a masked patch; S patches, their loss and centre c'. D1-D12 and small hold. DEVIATION on textures
 also: torchvision's initial ViT, a weak patch loss (a patch's colours give it away), only masked patches projected.
 
-Differs from paper (P), iBOT's code (I), HIRL's release (H); who does as this script, what the others do
-  I1 PIH  a crop without mask (half of them) adds 0 to the mean of the patch loss: it weighs half on average
-  I2 IH   the patch centre is the mean of all patches, masked or not
-  I3 I6   local crops have no masks; I and H draw some, I switches them off by hand, H passes none
-  I4 I5   one projector, one set of prototypes for class token and patches, as in all published runs; I can have two
-  I7 I8   one batch for base and HIRL (H 32 and 43 images a GPU); teacher's lengths of prototypes like the student's
-  I9 IH   the mask's vector starts at 0 and decays
+Differs from paper (P), iBOT's code (I), HIRL's release (H): number, who does as this script, what the others do
+  I1    PIH  a crop without mask (half of them) adds 0 to the mean of the patch loss: it weighs half on average
+  I2    IH   the patch centre is the mean of all patches, masked or not
+  I3,6       local crops have no masks; I and H draw some, I switches them off by hand, H passes none
+  I4,5       one projector and prototypes for class token and patches, as in all published runs; I can have two
+  I7,8       one batch for base and HIRL (H 32, 43 images a GPU); teacher's lengths of prototypes like the student's
+  I9    IH   the mask's vector starts at 0 and decays
 """
 
 # ---- [method] import
@@ -123,6 +123,7 @@ def parse_args(argv=None):
     add("--mask-share", type=share, default=0.5, help="of the global crops that are masked at all (iBOT)")
     add("--mask-ratio", type=share, nargs=2, metavar="R", default=[0.1, 0.5], help="of patches masked, from, to (iBOT)")
     add("--patch-weight", type=plumbing.positive(float, zero=True), help="of the patch loss (iBOT: 1; preset)")
+    add("--eval-every", type=plumbing.positive(int), help="epochs between kNN evaluations (preset)")
     return plumbing.resolve_arguments(p, PRESETS, argv)
 
 
@@ -292,7 +293,7 @@ def balancing_center(teacher, temperature, iterations=3):
 
 # ---- [shared: dino] schedules
 def step_schedule(start, end, steps, warmup=0):
-    """A value a step: `warmup` steps in a line from 0 to `start`, the last of them at it, then a cosine from `start` on
+    """A value a step: `warmup` steps in a line from 0 to `start` (a single one at 0), then a cosine from `start` on
     that stops one step short of `end`. Source: DINO's released code.
     """
     rise = [start * t / max(1, warmup - 1) for t in range(warmup)]
@@ -301,7 +302,7 @@ def step_schedule(start, end, steps, warmup=0):
 
 
 def epoch_schedule(start, end, epochs, warmup):
-    """A value an epoch: `warmup` epochs in a line from `start` to `end`, the last of them at it, then `end`."""
+    """A value an epoch: `warmup` epochs in a line from `start` to `end` (a single one at `start`), then `end`."""
     return [start + (end - start) * e / max(1, warmup - 1) if e < warmup else end for e in range(epochs)]
 
 
@@ -388,7 +389,7 @@ def main(args):
             place = (args.seed, epoch, step)  # what every draw follows from
 
             # ---- [shared: dino] schedules' values
-            now, temperature = round(done * steps), temperatures[epoch]
+            now, temperature_t = round(done * steps), temperatures[epoch]
             for group in optimizer.param_groups:
                 group["lr"], group["weight_decay"] = lrs[now], decays[now] * group["decayed"]
 
@@ -408,12 +409,12 @@ def main(args):
             t, t_patch = (model.teacher.logits(x.float()) for x in (raws_t, patches_t))  # (2, b, P), (2, b, S, P)
 
             # ---- [method] base loss
-            c = balancing_center(t, temperature) if balance else model.center
-            c_patch = balancing_center(t_patch.flatten(0, 2)[read], temperature) if balance else model.patch_center
-            patch = patch_loss(s_patch, t_patch, masks, c_patch, args.temperature, temperature)
-            losses = {"dino": dino_loss(s, t, c, args.temperature, temperature), "patch": args.patch_weight * patch}
+            c = balancing_center(t, temperature_t) if balance else model.center
+            c_patch = balancing_center(t_patch.flatten(0, 2)[read], temperature_t) if balance else model.patch_center
+            patch = patch_loss(s_patch, t_patch, masks, c_patch, args.temperature, temperature_t)
+            losses = {"dino": dino_loss(s, t, c, args.temperature, temperature_t), "patch": args.patch_weight * patch}
             watched = {"feature_std": plumbing.feature_std(F.normalize(raw, dim=1)),
-                       **model.in_use(F.softmax((t - c) / temperature, dim=-1), now, steps_per_epoch)}
+                       **model.in_use(F.softmax((t - c) / temperature_t, dim=-1), now, steps_per_epoch)}
             model.center.copy_(moved_center(model.center, t, args.center_momentum))
             model.patch_center.copy_(moved_center(model.patch_center, t_patch, args.center_momentum))
 

@@ -14,7 +14,7 @@
     6  step on MoCo v3 + HIRL
 
 CPU demo, under 3 minutes   python hirl_mocov3.py
-the same without hierarchy  python hirl_mocov3.py --clusters 0
+the same without hierarchy  python hirl_mocov3.py --clusters 0 --out runs/plain
 one GPU                     python hirl_mocov3.py --data cifar100 --amp --compile
 paper scale, ViT-B/16       torchrun --nproc-per-node=8 hirl_mocov3.py --data /imagenet --amp
 MoCo v3's ResNet-50         ... --arch resnet50 --projector-layers 2 --optimizer lars --base-lr 0.3 --weight-decay 1e-6
@@ -34,7 +34,7 @@ Differs from paper or released code
   key encoder   moves between queries and keys, as released; in the paper's algorithm after the step: the same
                 sequence, but that m is the later step's and the last move is missing at the end
   loss          2 T in front and a sum of two terms, as released: beside HIRL's path loss each weighs 2 T = 0.4
-  schedules     the first step's learning rate is 0, as released; m by cosine, as HIRL (an option in MoCo v3)
+  schedules     where lr warms up, the first step's is 0, as released; m by cosine, as HIRL (an option in MoCo v3)
   weight decay  with AdamW on every trained tensor, norms, biases and class token too, as released
   LARS          divides by the norm of gradient and decay together, as MoCo v3's; hirl_simclr.py's is another
   base lr       1.5e-4 with and without hierarchy; HIRL's release compares 1.5e-4 with 1e-4

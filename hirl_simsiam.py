@@ -15,7 +15,7 @@
     6  step on SimSiam + HIRL; the predictor keeps its learning rate, the rest follows the cosine
 
 CPU demo, under 3 minutes   python hirl_simsiam.py
-the same without hierarchy  python hirl_simsiam.py --clusters 0
+the same without hierarchy  python hirl_simsiam.py --clusters 0 --out runs/plain
 one GPU                     python hirl_simsiam.py --data cifar100 --amp --compile
 paper scale, 8 GPUs         torchrun --nproc-per-node=8 hirl_simsiam.py --data /imagenet --amp
 
@@ -23,7 +23,7 @@ Symbols  p, z predictions, projections (V, B, D), V = 2 views   L levels, 0 the 
          z^l level embeddings (B, L, D)  c prototypes[l] (K_l, D)  assign[l] image -> cluster (released
          code: im2cluster)             parent[l] cluster -> cluster one level up (cluster2cluster)
 
-Is it learning?  The loss lies between 0 (nothing in common) and -1. A fall to -1 at once, with feature_std
+Is it learning?  The loss falls from about 0 (nothing in common) towards -1. A fall to -1 at once, with feature_std
 near 0, is the collapse: all images on one point. Healthy: feature_std near 1.
 
 Changes relative to hirl_moco.py

@@ -17,7 +17,7 @@
     8  step on SwAV + HIRL; the queue takes both global crops' e
 
 CPU demo, under 3 minutes   python hirl_swav.py
-the same without hierarchy  python hirl_swav.py --clusters 0
+the same without hierarchy  python hirl_swav.py --clusters 0 --out runs/plain
 one GPU                     python hirl_swav.py --data cifar100 --amp --compile
 paper scale, 8 GPUs         torchrun --nproc-per-node=8 hirl_swav.py --data /imagenet --amp
 
@@ -25,7 +25,7 @@ Symbols  C = 2 + V crops     b of the B images on this process     e embeddings 
          swav_prototypes c (P, D), learnt; prototypes[l] (K_l, D) of the tree are k-means centres, as
          assign and parent in hirl_moco.py     scores (C, b, P)     assignments (2, b, P), rows sum to 1
          queue (2, Q, D), past e of the global crops     in the log, prototypes_in_use: how many of the P
-         were the nearest of a global crop within the last epoch's worth of steps
+         were the nearest of a global crop within the last epoch's worth of steps, mean over the epoch
 
 Changes relative to hirl_moco.py
   model         one encoder, whose own features are clustered, and prototypes; no momentum encoder
@@ -105,7 +105,7 @@ def parse_args(argv=None):
     add("--queue-size", type=plumbing.positive(int, zero=True),
         help="past images Q that take part in Sinkhorn, 0: none (SwAV; preset)")
     add("--queue-epoch", type=plumbing.positive(int, zero=True), help="epoch from which it counts (SwAV; preset)")
-    add("--optimizer", choices=["larc", "sgd"], help="SGD, or with LARC's rate a tensor (preset)")
+    add("--optimizer", choices=["larc", "sgd"], help="SGD, or SGD with LARC's own rate for each tensor (preset)")
     add("--start-lr", type=plumbing.positive(float, zero=True), help="lr at the start, scaled as --base-lr (preset)")
     add("--final-lr", type=plumbing.positive(float, zero=True), help="lr at the end, scaled as --base-lr (preset)")
     add("--lr-warmup", type=plumbing.positive(float, zero=True, most=1), default=0.05,

@@ -167,7 +167,7 @@ def shared_arguments(description, presets):
     add("--base-lr", type=positive(float), help="the learning rate's peak is base-lr * batch-size / 256 (preset)")
     add("--weight-decay", type=positive(float, zero=True), help="weight decay (preset)")
     add("--clusters", type=int, nargs="+", metavar="K", help="clusters a level, finest first; 0: no hierarchy (preset)")
-    add("--warmup-epochs", type=positive(int, zero=True), help="epochs before the hierarchy (preset)")
+    add("--warmup-epochs", type=positive(int, zero=True), help="epochs before the hierarchy (preset, by its share)")
     add("--seed", type=positive(int, zero=True), default=0, help="of everything random")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     add("--workers", type=positive(int, zero=True), default=4, help="threads that decode pictures not kept in memory")
@@ -181,12 +181,13 @@ def shared_arguments(description, presets):
 def resolve_arguments(parser, presets, argv=None):
     """Arguments from, in falling order of precedence, the command line, that of the run to resume, the preset.
 
-    args.argv are the words of both command lines: what they ask for is obeyed or refused, a preset's number is reduced.
+    args.argv are the words of both command lines: a number that the data do not allow is refused if it is among them,
+    and reduced if it is the preset's. A flag of a part that is switched off does nothing.
     """
     argv = [part for word in map(str, sys.argv[1:] if argv is None else argv)
             for part in (word.split("=", 1) if word.startswith("--") else [word])]
     args, script = parser.parse_args(argv), Path(parser.prog).stem
-    data = Path(args.data).resolve().name if Path(args.data).is_dir() else args.data
+    data = args.data if args.data in common.BUILT_IN else Path(args.data).resolve().name or "data"
     folder = Path(args.out or f"runs/{script}-{data}-{args.seed}")
     if args.resume and (folder / "config.json").exists():
         saved = read(folder / "config.json")["arguments"]
@@ -196,14 +197,14 @@ def resolve_arguments(parser, presets, argv=None):
         args = parser.parse_args(argv)
     preset = args.preset if args.preset != "auto" else preset_of(args.data)
     chosen, argv = presets[preset], [*argv, "--preset", preset, "--out", str(folder)]
-    warmup = round(chosen["warmup_epochs"] * (args.epochs or chosen["epochs"]) / chosen["epochs"])  # the same share
+    warmup = max(1, round(chosen["warmup_epochs"] * (args.epochs or chosen["epochs"]) / chosen["epochs"]))
     parser.set_defaults(**{**chosen, "warmup_epochs": warmup})
     return parser.parse_args(argv, argparse.Namespace(script=script, argv=argv))
 
 
 def preset_of(data):
     """textures, cifar (pictures up to 64 px), photos (fewer than 100,000) or imagenet."""
-    if not Path(data).is_dir():
+    if data in common.BUILT_IN or not Path(data).is_dir():
         return {"textures": "textures", "stl10": "photos"}.get(data, "cifar")
     many = [path for _, path in zip(range(100_000), common.picture_files(data))]
     try:
@@ -234,13 +235,15 @@ def fit_clusters(args, pictures):
         raise Stop(f"--clusters {finest} is above the {pictures} pictures of {args.data}: give at most {pictures}")
     if not asked and finest > pictures / 6:
         clusters = sorted({max(2, round(k / finest * pictures / 6)) for k in clusters}, reverse=True)
-        say(f"--clusters reduced from the preset's {args.clusters} to {clusters}, 6 pictures a cluster")
+        say(f"--clusters reduced from the preset's {args.clusters} to {clusters}, for {pictures} pictures")
     return clusters
 
 
 def fit_batch(args, pictures):
     """--batch-size, or fewer where a preset asks for more than there are pictures; a multiple of the processes."""
     batch_size = fit("batch_size", args, at_most=pictures) // processes() * processes()
+    if pictures < 2 * processes():
+        raise Stop(f"{args.data} has {pictures} pictures: give at least two for each of the {processes()} processes")
     if batch_size < 2 * processes() or batch_size != args.batch_size and "--batch-size" in args.argv:
         raise Stop(f"--batch-size {args.batch_size} of {pictures} pictures must be a multiple of the {processes()} "
                    f"processes, and at least {2 * processes()}")
@@ -302,11 +305,11 @@ class Run:
             config = dict(arguments=vars(self.args), derived=derived, **circumstances())
             return write_atomically(path, json.dumps(config, indent=1).encode())
         saved = {name: value for part in read(path).values() for name, value in part.items()}
-        changed = {name for name in now if saved.get(name) != now[name]}
+        changed = {name for name in now if saved.get(name) != now[name]} - {"argv", "resume"}
         said = ", ".join(f"{name} ({saved.get(name)} before)" for name in sorted(changed - MAY_DIFFER or changed))
         if changed - MAY_DIFFER:
             raise Stop(f"{self.folder} ran with other arguments or data ({said}): give the same, or another --out")
-        say(f"resumed with another {said}")
+        say(f"resumed with another {said}" if said else "resumed")
 
     def resume(self, device, **parts):
         """Load the checkpoint, if there is one, into `parts` (model, optimizer) -> (epoch, step) to go on at, keep."""
@@ -436,8 +439,8 @@ class Run:
             say("\n" + f"{'kNN accuracy (%)':20}" + "".join(f"{len(c):>7} classes" for c in self.train.class_names))
             for name, values in knn.items():
                 say(f"{name:20}" + "".join(f"{value:15.1f}" for value in values))
-            errors = [(100 - now) / max(100 - max(was), 1e-9) for *was, now in zip(*knn.values())]
-            say(f"{'error, of before':20}" + "".join(f"{error:14.2f}x" for error in errors))
+            shares = [(100 - now) / (100 - max(was)) if max(was) < 100 else None for *was, now in zip(*knn.values())]
+            say(f"{'error, of before':20}" + "".join(f"{'-':>15}" if s is None else f"{s:14.2f}x" for s in shares))
         else:
             say("no labels, so no accuracy")
         if (self.folder / "tree.png").exists():

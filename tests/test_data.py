@@ -54,6 +54,13 @@ def test_16_bits_are_scaled_not_clipped(tmp_path):
     assert torch.equal(TF.pil_to_tensor(common.decode(tmp_path / "x.png")).long(), expected)
 
 
+@pytest.mark.parametrize("kind, most", (("float32", 1), ("float32", 255), ("int32", 255), ("int32", 65535)))
+def test_real_and_32_bit_pictures_keep_their_range(kind, most, tmp_path):
+    values = (np.arange(256) * (most / 255)).astype(kind).reshape(16, 16)
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    assert abs(TF.pil_to_tensor(common.decode(tmp_path / "x.tif")).flatten(1) - torch.arange(256)).max() <= 1
+
+
 @pytest.mark.parametrize("partner", (None, (torch.arange(40) * 7 + 3) % 40))
 def test_decoded_on_demand_equals_in_memory(partner, tmp_path):
     """The worker's crops and the device's: the same boxes, so about the same views, and the same order."""

@@ -193,6 +193,7 @@ def test_signals_from_outside_and_kill_9(whole, pictures, tmp_path):
     (folder / "checkpoint.pt").unlink()  # as if it had been killed before the first one
     second = Play(tmp_path, script, argv + ["--resume"])
     second.wait_for(folder / "checkpoint.pt")
+    os.kill(second.process.pid, signal.SIGSTOP)  # or it may end meanwhile
     refused(tmp_path, script, argv + ["--resume"], "in use")  # alive
     second.process.kill()
     assert second.finish() == -signal.SIGKILL
@@ -612,6 +613,30 @@ def test_the_last_lines_without_an_accuracy_of_raw_pixels(tmp_path, monkeypatch,
     done.verdict()
     printed = capsys.readouterr().out
     assert "raw pixels" not in printed and re.search(r"trained network +60\.0\nerror, of before +0\.50x\n", printed)
+
+
+def test_the_last_lines_where_no_error_was_left(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    done = plumbing.Run(hirl_moco.parse_args(["--out", str(tmp_path / "run")]))
+    done.train = common.Images(["a"], torch.zeros(1, 2, dtype=torch.long), [["x"], ["x"]])
+    done.log = [dict(epoch=0, knn=[100.0, 50.0], knn_pixels=[100.0, 50.0]), dict(epoch=1, knn=[99.0, 75.0])]
+    done.verdict()
+    assert re.search(r"\nerror, of before +- +0\.50x\n", capsys.readouterr().out)
+
+
+def test_a_folder_named_like_a_data_set_changes_no_preset(tmp_path, monkeypatch):
+    """The name goes first, as in load_data; with a path the folder is meant."""
+    monkeypatch.chdir(tmp_path)
+    for name in common.BUILT_IN:
+        (tmp_path / name).mkdir()
+    presets = [hirl_moco.parse_args(["--data", name]).preset for name in [*common.BUILT_IN, "./textures"]]
+    assert presets == ["textures", "cifar", "cifar", "photos", "photos"]
+    assert hirl_moco.parse_args(["--data", "textures"]).out.endswith("-textures-0")
+
+
+def test_a_tree_is_never_of_an_untrained_network_unless_asked_for():
+    some = [hirl_moco.parse_args(["--data", "cifar10", "--epochs", n]).warmup_epochs for n in ("1", "5", "100")]
+    assert some == [1, 1, 10] and hirl_moco.parse_args(["--epochs", "5", "--warmup-epochs", "0"]).warmup_epochs == 0
 
 
 def test_a_second_ctrl_c_ends_a_process_at_once(tmp_path, monkeypatch):
