@@ -58,12 +58,12 @@ class Images:
     pixels: Tensor | None = None  # (N, 3, H, W) uint8 where all share one small size; without them
     paths: list | None = None  # these files are decoded on demand
     unreadable: dict = field(default_factory=dict)  # {i: why}; of all ranks after `agree`
+    named: set = field(default_factory=set)  # names that the user has been told of; shared with parts
     test: "Images | None" = None  # the test split that came with this one
     partner: Tensor | None = None  # (N,) int64: the picture whose views follow those of i in a batch (csml.py)
 
     def __post_init__(self):
         self.index_of = torch.arange(len(self))  # (N,): i itself or, where it is unreadable, the next that is not
-        self.named = {*self.unreadable}  # those that the user has been told of
 
     def __len__(self):
         return len(self.names)
@@ -73,8 +73,8 @@ class Images:
         digest = hashlib.blake2b(digest_size=6)
         for images in (self, self.test) if self.test else (self,):
             digest.update(repr(images.names).encode())
-            digest.update(images.pixels.cpu().numpy() if images.pixels is not None else  # size and time of change:
-                          repr([(s.st_size, s.st_mtime_ns) for s in map(os.stat, images.paths)]).encode())
+            digest.update(images.pixels.cpu().numpy() if images.pixels is not None else repr(  # size, time of change
+                [os.path.exists(p) and (os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in images.paths]).encode())
         return digest.hexdigest()
 
     def part(self, rows):
@@ -86,7 +86,7 @@ class Images:
         pixels = None if self.pixels is None else self.pixels[shown.to(self.pixels.device)]
         paths = self.paths and [self.paths[i] for i in shown.tolist()]
         unreadable = {n: self.unreadable[i] for n, i in enumerate(rows) if i in self.unreadable}
-        return Images([self.names[i] for i in rows], labels, self.class_names, pixels, paths, unreadable)
+        return Images([self.names[i] for i in rows], labels, self.class_names, pixels, paths, unreadable, self.named)
 
     def picture(self, i):
         """Picture i, PIL's, RGB; when it cannot be read, the next one that can: that is noted. In any thread."""
@@ -115,9 +115,9 @@ class Images:
         """All ranks together: what one could not read is noted by all, and each picture is named once."""
         tables = ranks.all_gather_objects(self.unreadable) if self.pixels is None else ()  # else all were read
         self.replace({i: why for table in tables for i, why in table.items() if i not in self.unreadable})
-        for i in sorted(self.unreadable.keys() - self.named) if rank() == 0 else ():
+        for i in sorted(i for i in self.unreadable if self.names[i] not in self.named) if rank() == 0 else ():
             print(f"unreadable picture, using its neighbour: {self.names[i]} ({self.unreadable[i]})", file=sys.stderr)
-        self.named |= self.unreadable.keys()
+        self.named.update(self.names[i] for i in self.unreadable)
 
 
 def decode(path):
@@ -126,7 +126,7 @@ def decode(path):
         raise ValueError("no regular file")  # a pipe would never end
     with Image.open(path) as picture:
         if picture.mode.startswith(("I", "F")):  # PIL would clip, not scale
-            values = np.asarray(picture, np.float32)
+            values = np.nan_to_num(np.asarray(picture, np.float32))
             deep = picture.mode.startswith("I;") or picture.format == "PNG" or values.max() > 255
             values = values * 255 if picture.mode == "F" and values.max() <= 1 else values / 257 if deep else values
             picture = Image.fromarray(values.clip(0, 255).astype(np.uint8))
@@ -171,9 +171,9 @@ def picture_files(root):
     def refuse(error):
         raise Stop(f"cannot read the folder {error.filename} ({error.strerror}): check its permissions")
 
-    seen = set()
+    seen, left = set(), {"config.json", "log.jsonl", "tree.png", "clusters.csv"}  # two of these are a run's
     for where, folders, names in os.walk(root, onerror=refuse, followlinks=True):
-        if os.path.realpath(where) in seen or {"config.json", "log.jsonl"} <= {*names}:
+        if os.path.realpath(where) in seen or len(left & {*names}) > 1:
             folders.clear()  # go no deeper
             continue
         seen.add(os.path.realpath(where))
@@ -940,7 +940,7 @@ def knn_accuracy(train, test, features, *, k=20, temperature=0.07):
     if test is not None:
         test_x, test_y = features(test), test.labels
     else:
-        held_out = torch.arange(len(y)) % 10 == 0
+        held_out = train.index_of % 10 == 0  # a stand-in goes where its original goes
         test_x, test_y, use = x[held_out[mine]], y[held_out], use & ~held_out
     x, y, test_x = x[use[mine]], y[use], all_gather_rows(test_x)
     sim, row = largest_products(F.normalize(x, dim=1), F.normalize(test_x, dim=1), min(k, len(y)))

@@ -275,15 +275,14 @@ class Task:
         known = (self.every.labels[:, 0] >= 0).nonzero()[:, 0]  # STL-10: most pictures carry no label
         if self.test is None:
             say("no test pictures: every tenth training picture is the test")
-            held_out = torch.arange(len(known)) % 10 == 0
+            held_out = self.every.index_of[known] % 10 == 0  # a stand-in goes where its original goes
             self.test, known = self.every.part(known[held_out]), known[~held_out]
         self.train = self.every.part(known)
         self.few = self.train.part(stratified(self.train.labels[:, -1], args.labels, args.seed))
         self.classes = [len(names) for names in self.train.class_names]  # a depth
         chosen = args.depth or range(len(self.classes))
         if bad := [depth for depth in chosen if depth not in range(len(self.classes))]:
-            raise Stop(f"--depth {bad[0]} is not there: the labels of {args.data} have depths 0 to "
-                       f"{len(self.classes) - 1}")
+            raise Stop(f"--depth {bad[0]} is not there: the labels have depths 0 to {len(self.classes) - 1}")
         self.depths = [depth for depth in chosen if self.classes[depth] > 1]
         if not self.depths or args.depth and len(self.depths) < len(chosen):
             raise Stop(f"{args.data} has one class only, nothing is to be told apart: give another --depth or --data")
@@ -300,6 +299,8 @@ class Task:
         if "cluster" in args.protocol and most > len(self.test):
             raise Stop(f"--protocol cluster makes a cluster a class, but {args.data} has {len(self.test)} test "
                        f"pictures of {most} classes: leave it out, or give a coarser --depth")
+        if "finetune" in args.protocol and min(args.batch_size, len(self.few)) < 2:
+            raise Stop("finetune needs two pictures a step: give a larger --batch-size or more --labels")
         falling = self.clusters == sorted({*self.clusters}, reverse=True)
         if "hierarchy" in args.protocol and (self.clusters[0] > len(self.every) or not falling):
             raise Stop(f"--clusters {' '.join(map(str, self.clusters))} must fall from level to level, finest first, "
@@ -389,11 +390,11 @@ def linear(task):
         for part in order.split(batch_size)[:len(x) // batch_size]:
             yield standard(x[part]), y[part]
 
+    test_x = standard(task.features(task.test))  # before its labels: a damaged picture gets another one's
     for depth in task.finest:
         y, test_y = (split.labels[:, depth].to(x.device) for split in (images, task.test))
-        accuracy = softmax_regression(
-            batches, len(images) // batch_size, standard(task.features(task.test)), test_y, task.classes[depth], lrs,
-            epochs=args.epochs, schedule=args.schedule, weight_decay=args.weight_decay)
+        accuracy = softmax_regression(batches, len(images) // batch_size, test_x, test_y, task.classes[depth], lrs,
+                                      epochs=args.epochs, schedule=args.schedule, weight_decay=args.weight_decay)
         rates = [dict(lr=round(lr, 6), **last_and_best(a)) for lr, a in zip(lrs, accuracy)]
         rows.append(dict(depth=depth, classes=task.classes[depth], pictures=len(images),
                          **max(rates, key=lambda rate: rate["last"]), rates=rates))
@@ -441,12 +442,17 @@ def finetune(task):
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
-            if not all(p.isfinite().all() for p in model.parameters()):
-                raise Stop(f"fine-tuning diverged in epoch {epoch + 1}: try a lower --lr-trunk or --lr-head", code=1)
-            if epoch + 1 == args.finetune_epochs or (epoch + 1) % math.ceil(args.finetune_epochs / 20) == 0:
-                logits = networks.extract_features(model, task.test, args.image_size, device=device,
-                                                 workers=args.workers)
-                accuracy[epoch + 1] = percent(logits.argmax(dim=1), test_y)
+            due = epoch + 1 == args.finetune_epochs or (epoch + 1) % math.ceil(args.finetune_epochs / 20) == 0
+            try:
+                if not all(p.isfinite().all() for p in model.parameters()):
+                    raise FloatingPointError
+                if due:
+                    logits = networks.extract_features(model, task.test, args.image_size, device=device,
+                                                       workers=args.workers)
+                    accuracy[epoch + 1] = percent(logits.argmax(dim=1), test_y)
+            except FloatingPointError as error:
+                said = f"fine-tuning diverged in epoch {epoch + 1}: try a lower --lr-trunk or --lr-head"
+                raise Stop(said, code=1) from error
         rows.append(dict(depth=depth, classes=task.classes[depth], pictures=len(images), **last_and_best(accuracy)))
     return {"finetune": rows}
 
@@ -465,7 +471,10 @@ def tree_of_run(path, pictures):
     try:
         with open(path, newline="", encoding="latin-1") as f:
             _, *rows = csv.reader(f)
-        return np.array([row[1:] for row in rows], dtype=np.int64).reshape(pictures, -1).T
+        levels = np.array([row[1:] for row in rows], dtype=np.int64)  # ValueError where lengths differ
+        if levels.ndim < 2 or len(levels) != pictures or not levels.size:
+            raise ValueError(f"{len(rows)} rows for {pictures} pictures")
+        return levels.T
     except ValueError as error:
         raise Stop(f"{path} does not hold the tree of the run ({error}): restore it, or delete it") from error
 
@@ -566,11 +575,13 @@ def evaluate(args):
         seconds[protocol] = round(time.perf_counter() - begun, 1)
         say(f"{protocol}: {seconds[protocol]} s")
         assert_unchanged(network, frozen)
-    for title, rows in results.items():
-        table(title, rows)
     pictures = dict(train=len(task.train), labelled=len(task.few), test=len(task.test))
-    add_result(out, dict(plumbing.circumstances(), arguments=vars(args), note=NOTE, pictures=pictures, results=results,
-                         seconds=seconds))
+    try:
+        add_result(out, dict(plumbing.circumstances(), arguments=vars(args), note=NOTE, pictures=pictures,
+                             results=results, seconds=seconds))
+    finally:  # what a full disk does not take can be read at least, and what cannot be printed is kept
+        for title, rows in results.items():
+            table(title, rows)
     say(f"\n{NOTE}\nresults  {out}")
 
 

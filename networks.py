@@ -123,18 +123,19 @@ def backbone(arch, stem, image_size=224):
 
 # ---- features
 @torch.no_grad()
-def extract_features(network, images, size, *, device="cpu", workers=0, batch_size=512, amp=False):
+def extract_features(network, images, size, *, device="cpu", workers=0, batch_size=None, amp=False):
     """The network's (n, F) float32 output for the central crop of every picture, this rank's n rows of N.
 
-    In evaluation mode (and back); nothing is augmented and the order is kept. FloatingPointError: not finite.
+    In evaluation mode (and back), nothing augmented, in order; batches of 512, above 128 px of fewer.
+    FloatingPointError: not finite.
     """
     training = network.training
     network.eval()
     own = torch.arange(len(images))[local_rows(len(images))]
     rows = own if len(own) else torch.zeros(1, dtype=torch.long)  # without a picture look at one, for the width
     planned = [(Augmentation(size=size), {})]
-    features = []
-    for (view,) in ahead(lambda ids: make_views(images, ids, planned, device, workers), rows.split(batch_size)):
+    features, most = [], batch_size or max(1, min(512, 2**23 // size**2))
+    for (view,) in ahead(lambda ids: make_views(images, ids, planned, device, workers), rows.split(most)):
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
             features.append(network(view).float())
     network.train(training)

@@ -75,6 +75,8 @@ def explanation(error):
             (BrokenPipeError, "", 141, "as a tool that SIGPIPE ends"),
             (OSError, "", 2, f"{first}: correct the path or its permissions"),
             (FloatingPointError, "", 1, f"features = nan after the last step: {LOWER}"),
+            (Exception, "cxxcompiler|inductor", 2,
+             f"--compile fails here ({first}): install g++, or go on without it (--no-compile)"),
             (RuntimeError, "out of memory|alloc_failed", 1,  # CUDA's words, its libraries'
              f"out of GPU memory at {peak_memory()} GiB: give a smaller --batch-size"),
             (RuntimeError, lost, 1, f"another process stopped this one ({first}): read its sentence, then --resume"),
@@ -172,7 +174,7 @@ def shared_arguments(description, presets):
     add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     add("--workers", type=positive(int, zero=True), default=4, help="threads that decode pictures not kept in memory")
     add("--amp", action="store_true", help="bfloat16 autocast in the networks; losses stay float32")
-    add("--compile", action="store_true", help="torch.compile the networks")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks")
     add("--eval-every", type=positive(int), default=1, help="epochs between kNN evaluations")
     add("--tensorboard", action="store_true", help="also write the log for tensorboard, if it is installed")
     return p
@@ -207,10 +209,9 @@ def preset_of(data):
     if data in common.BUILT_IN or not Path(data).is_dir():
         return {"textures": "textures", "stl10": "photos"}.get(data, "cifar")
     many = [path for _, path in zip(range(100_000), common.picture_files(data))]
-    try:
+    small = False  # of no picture, or a damaged one: load_data will say so
+    with contextlib.suppress(Exception):
         small = max(common.decode(many[0]).size) <= 64
-    except Exception:  # no picture, or a damaged one: load_data will say so
-        small = False
     return "cifar" if small else "photos" if len(many) < 100_000 else "imagenet"
 
 
@@ -261,8 +262,7 @@ def evaluation(args, device, train, test, backbone):
 
 def knn_of_pixels(train, test, size, device):
     """kNN accuracy of the pictures themselves; None where that would take minutes, or on a GPU several GiB."""
-    most = 2e7 if torch.device(device).type == "cpu" else 2e8
-    if train.pixels is None or len(train) * size**2 > most:
+    if train.pixels is None or len(train) * size**2 > (2e7 if torch.device(device).type == "cpu" else 2e8):
         return None
     return common.knn_accuracy(train, test,
                                lambda images: networks.extract_features(nn.Flatten(), images, size, device=device))
@@ -327,6 +327,7 @@ class Run:
                 raise ValueError("no count")
             self.sums = {name: float(total) for name, total in state["sums"].items()}
             self.log = [dict(row) for row in state["log"]]
+            self.train.replace(dict(state.get("unreadable", {})))  # as found before
             if keep is not None and not torch.is_tensor(keep):
                 keep = common.Hierarchy(*([level.to(device) for level in levels] for levels in keep))
         except Exception as error:  # torch raises many types for what it does not expect
@@ -351,7 +352,7 @@ class Run:
         self.check()
         keep = tuple(keep) if isinstance(keep, tuple) else keep  # a Hierarchy as plain containers
         state = dict({name: part.state_dict() for name, part in self.parts.items()}, epoch=epoch, step=step, keep=keep,
-                     sums=self.sums, steps=self.steps, log=self.log)
+                     sums=self.sums, steps=self.steps, log=self.log, unreadable=self.train.unreadable)
         refuse_not_finite(state, "after the last step")
         if row:
             self.write(row())
@@ -488,8 +489,7 @@ def write_atomically(path, content):
     if rank() > 0:
         return
     if not isinstance(content, bytes):  # not to the file: on a full disk torch.save ends in an error that is no OSError
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
+        torch.save(content, buffer := io.BytesIO())
         content = buffer.getbuffer()
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -583,8 +583,7 @@ def write_tree(folder, images, features, hierarchy, rows=27, columns=10):
             for place, i in enumerate(nearest[:1 if level else columns].tolist()):
                 picture = images.picture(i).resize((size - 4, size - 4), Image.Resampling.BICUBIC)
                 canvas.paste(picture, (column * cell + caption + place * size, row * size + 2))
-    picture = io.BytesIO()
-    canvas.save(picture, "png", optimize=True)
+    canvas.save(picture := io.BytesIO(), "png", optimize=True)
     write_atomically(folder / "tree.png", picture.getvalue())
 
 

@@ -227,6 +227,17 @@ def test_each_real_folder_counts_once_however_links_loop(tmp_path):
     assert [images.names for images in common.load_data(str(tmp_path / "data")) if images] == names
 
 
+@pytest.mark.parametrize("size", (8, 140))
+def test_a_link_to_nothing_is_an_unreadable_picture(size, tmp_path, capsys):
+    folder = plain_folder(tmp_path / "pictures", 6, size=size)
+    (folder / "zzz.png").symlink_to(tmp_path / "nothing.png")
+    images, _ = common.load_data(str(folder))
+    before = images.fingerprint()
+    networks.extract_features(nn.Flatten(), images, 8)
+    assert [*images.unreadable] == [6] and capsys.readouterr().err.count("zzz.png") == 1
+    assert images.fingerprint() == before == common.load_data(str(folder))[0].fingerprint()
+
+
 def test_a_pipe_is_no_picture(tmp_path):
     folder = plain_folder(tmp_path / "pictures", 6)
     os.mkfifo(folder / "!.png")
@@ -241,7 +252,10 @@ def test_folders_of_runs_are_never_data(tmp_path):
     run.mkdir(parents=True)
     for name in ("config.json", "log.jsonl"):
         (run / name).write_text("{}")
-    Image.new("RGB", (300, 200)).save(run / "tree.png")
+    (folder / "eval_tree").mkdir()
+    (folder / "eval_tree" / "clusters.csv").write_text("image,level0\n")
+    for left in (run, folder / "eval_tree"):
+        Image.new("RGB", (300, 200)).save(left / "tree.png")
     train, _ = common.load_data(str(folder))
     assert len(train) == 6 and train.labels is None
 

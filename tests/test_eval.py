@@ -503,7 +503,8 @@ def test_what_diverges_here_is_no_training_run(run, monkeypatch, capsys, tmp_pat
     for argv, words in ((("--backbone", tmp_path / "large.pt", "--protocol", "knn"), "not finite, or too large"),
                         (("--lr", 1e6, "--weight-decay", 1e6, "--protocol", "linear"), "the linear probe diverged"),
                         (("--lr-trunk", 1e6, "--lr-head", 1e6, "--weight-decay", 1e6, "--protocol", "finetune"),
-                         "fine-tuning diverged")):
+                         "fine-tuning diverged"),
+                        (("--lr-head", 1e8, "--finetune-epochs", 2, "--protocol", "finetune"), "fine-tuning diverged")):
         code, _, errors = evaluate(monkeypatch, capsys, "--run", run, *argv, "--out", tmp_path / "e.json")
         assert code in (1, 2) and words in errors and errors.count("\n") == 1, errors
         assert not {"--resume", "--base-lr", "checkpoint"} & {*errors.split()} and not (tmp_path / "e.json").exists()
@@ -566,6 +567,42 @@ def test_names_of_any_bytes(run, monkeypatch, capsys, tmp_path):
     (here / "clusters.csv").write_text("image,level0\nx.png,3\n")
     code, _, errors = evaluate(monkeypatch, capsys, "--run", here, "--protocol", "hierarchy", "--out", here / "b.json")
     assert code == 2 and "does not hold the tree of the run" in errors
+
+
+@pytest.mark.parametrize("rows", ("a,1,0\nb,1\n", "a\nb\n", "a,1,0\n", "a,1,0\nb,1,0\nc,0,0\n"))
+def test_a_torn_tree_is_refused(rows, tmp_path):
+    """Rows of other lengths, no levels, fewer rows or more than the two pictures."""
+    (tmp_path / "clusters.csv").write_text("image,level0,level1\n" + rows)
+    with pytest.raises(common.Stop, match="does not hold the tree"):
+        ev.tree_of_run(tmp_path / "clusters.csv", 2)
+    (tmp_path / "clusters.csv").write_text("image,level0,level1\na,1,0\nb,2,0\n")
+    assert ev.tree_of_run(tmp_path / "clusters.csv", 2).tolist() == [[1, 2], [0, 0]]
+
+
+@pytest.mark.parametrize("order", (["linear", "knn"], ["knn", "linear"]))
+def test_a_damaged_test_picture_counts_as_its_neighbour_in_any_order(order, tmp_path, monkeypatch, capsys):
+    """Large ones: only the features tell that it is damaged. It is named once, of whatever parts it is."""
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 6), ("val", 2)):
+        for c, colour in enumerate(((230, 20, 20), (20, 20, 230))):
+            (tmp_path / "data" / split / f"c{c}").mkdir(parents=True)
+            for i in range(n):
+                pixels = (np.array(colour) + rng.integers(-20, 20, (130 + i, 130, 3))).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "data" / split / f"c{c}" / f"{i}.png")
+    (tmp_path / "data/val/c0/1.png").write_bytes(b"no picture")  # c1/0.png stands in
+    (tmp_path / "data/train/c0/2.png").write_bytes(b"no picture")
+    argv = "--untrained --arch tiny --stem 3x3 --image-size 16 --k 3 --protocol".split() + order
+    code, _, errors = evaluate(monkeypatch, capsys, *argv, "--data", tmp_path / "data", "--out", tmp_path / "e.json")
+    results = json.loads((tmp_path / "e.json").read_text())["results"]
+    assert code == 0 and results["linear"][0]["last"] == results["knn"][0]["top1"] == 100, results
+    assert errors.count("using its neighbour") == 2, errors
+    assert errors.count("neighbour: c0/1.png") == errors.count("neighbour: c0/2.png") == 1, errors
+
+
+def test_finetuning_needs_two_pictures_a_step(run, monkeypatch, capsys, tmp_path):
+    code, _, errors = evaluate(monkeypatch, capsys, "--run", run, "--protocol", "finetune", "--batch-size", 1,
+                               "--out", tmp_path / "e.json")
+    assert code == 2 and "two pictures a step" in errors and errors.count("\n") == 1
 
 
 def test_a_damaged_file_is_refused(run, monkeypatch, capsys, tmp_path):

@@ -170,6 +170,18 @@ def test_stopped_at_any_step_and_resumed_is_the_same_run(whole, pictures, tmp_pa
     compare_runs(folder, undisturbed)
 
 
+def test_what_cannot_be_read_is_known_to_the_resumed_run(tmp_path):
+    """Found in the first epoch, counted in the second, after a stop within it."""
+    make_pictures(tmp_path / "data", IMAGES, seed=0)
+    first, second, *_ = sorted((tmp_path / "data").rglob("*.png"))
+    Image.new("RGB", (20, 20)).save(first)  # no one size: decoded on demand
+    truncate(second)
+    argv = arguments("hirl_moco", tmp_path / "data", "run", epochs=2)
+    run(tmp_path, "hirl_moco", argv, code=143, stop_at=(STEPS + 2, signal.SIGTERM))
+    run(tmp_path, "hirl_moco", argv + ["--resume"])
+    assert [row.get("unreadable") for row in log(tmp_path / "run")] == [None, 1, 1]
+
+
 def test_lars_stopped_and_resumed_is_the_same_run(pictures, tmp_path):
     """Its momentum is in the checkpoint, and the learning rate goes on warming up where it was."""
     for out, stops in (("whole", ()), ("parts", (2, STEPS + 1))):
@@ -704,6 +716,14 @@ def test_a_gpu_is_not_waited_for(monkeypatch):
 def test_no_room_on_the_gpu_in_the_words_of_cuda(words):
     code, sentence = plumbing.explanation(RuntimeError(words))
     assert code == 1 and "give a smaller --batch-size" in sentence
+
+
+def test_no_compiler_for_torch_compile():
+    class InductorError(RuntimeError):
+        pass
+
+    code, sentence = plumbing.explanation(InductorError("InvalidCxxCompiler: No working C++ compiler found\nmore"))
+    assert code == 2 and "--no-compile" in sentence and "\n" not in sentence
 
 
 def test_memory_is_counted_in_the_systems_units(monkeypatch):
