@@ -470,7 +470,7 @@ def test_a_checkpoint_of_wrong_types_is_no_run(name, value, stopped, tmp_path):
     model = torch.nn.Module()
     model.load_state_dict = dict
     optimizer = SimpleNamespace(load_state_dict=dict, state={})
-    here = SimpleNamespace(folder=tmp_path, args=SimpleNamespace(epochs=3))
+    here = SimpleNamespace(folder=tmp_path, args=SimpleNamespace(epochs=3), train=common.Images([]))
     with pytest.raises(common.Stop, match="no checkpoint of this run"):
         plumbing.Run.resume(here, "cpu", model=model, optimizer=optimizer)
     torch.save(state, tmp_path / "checkpoint.pt")
@@ -479,7 +479,7 @@ def test_a_checkpoint_of_wrong_types_is_no_run(name, value, stopped, tmp_path):
 
 def test_a_resumed_state_goes_where_it_was(tmp_path):
     """On any device: neighbours are drawn, and Adam's steps are counted, on the CPU; the tree is on the device."""
-    here = SimpleNamespace(folder=tmp_path, args=SimpleNamespace(epochs=3))
+    here = SimpleNamespace(folder=tmp_path, args=SimpleNamespace(epochs=3), train=common.Images([]))
     model = torch.nn.Linear(2, 2)
     optimizer, table, tree = torch.optim.AdamW(model.parameters()), torch.arange(6).view(3, 2), ([torch.ones(2)],) * 4
     model(torch.ones(2)).sum().backward()
