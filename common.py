@@ -125,7 +125,7 @@ def decode(path):
     if not os.path.isfile(path):
         raise ValueError("no regular file")  # a pipe would never end
     with Image.open(path) as picture:
-        if picture.mode.startswith(("I", "F")):  # PIL would clip, not scale
+        if picture.mode.startswith(("I", "F")):  # PIL would clip, not scale; a dark PNG is one of 16 bits
             values = np.nan_to_num(np.asarray(picture, np.float32))
             deep = picture.mode.startswith("I;") or picture.format == "PNG" or values.max() > 255
             values = values * 255 if picture.mode == "F" and values.max() <= 1 else values / 257 if deep else values
@@ -940,7 +940,7 @@ def knn_accuracy(train, test, features, *, k=20, temperature=0.07):
     if test is not None:
         test_x, test_y = features(test), test.labels
     else:
-        held_out = train.index_of % 10 == 0  # a stand-in goes where its original goes
+        held_out = torch.arange(len(y)) % 10 == 0
         test_x, test_y, use = x[held_out[mine]], y[held_out], use & ~held_out
     x, y, test_x = x[use[mine]], y[use], all_gather_rows(test_x)
     sim, row = largest_products(F.normalize(x, dim=1), F.normalize(test_x, dim=1), min(k, len(y)))

@@ -12,8 +12,8 @@
     5  step; enqueue k
 
 CPU demo, under 3 minutes   python csml.py
-the same, plain MoCo v2     python csml.py --neighbours 0 --out runs/plain
-several layers              python csml.py --level-weights 0 0 0.5 1 --out runs/layers
+the same, plain MoCo v2     python csml.py --neighbours 0 --out runs/csml-plain
+several layers              python csml.py --level-weights 0 0 0.5 1 --out runs/csml-layers
 one GPU                     python csml.py --data cifar100 --amp --compile
 paper scale, 8 GPUs         torchrun --nproc-per-node=8 csml.py --data /imagenet --amp
 

@@ -275,7 +275,7 @@ class Task:
         known = (self.every.labels[:, 0] >= 0).nonzero()[:, 0]  # STL-10: most pictures carry no label
         if self.test is None:
             say("no test pictures: every tenth training picture is the test")
-            held_out = self.every.index_of[known] % 10 == 0  # a stand-in goes where its original goes
+            held_out = torch.arange(len(known)) % 10 == 0
             self.test, known = self.every.part(known[held_out]), known[~held_out]
         self.train = self.every.part(known)
         self.few = self.train.part(stratified(self.train.labels[:, -1], args.labels, args.seed))

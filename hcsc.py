@@ -16,8 +16,8 @@
     7  step on 4 + 6, each averaged over the levels; enqueue k
 
 CPU demo, under 3 minutes   python hcsc.py
-as the authors' code        python hcsc.py --release --out runs/release
-the same without hierarchy  python hcsc.py --clusters 0 --out runs/plain
+as the authors' code        python hcsc.py --release --out runs/hcsc-release
+the same without hierarchy  python hcsc.py --clusters 0 --out runs/hcsc-plain
 one GPU                     python hcsc.py --data cifar100 --amp --compile
 paper scale, 8 GPUs         torchrun --nproc-per-node=8 hcsc.py --data /imagenet --amp --multi-crop
 

@@ -16,7 +16,7 @@
     6  the centre follows the teacher's logits; step on DINO + HIRL; the teacher follows the student
 
 CPU demo, under 3 minutes   python hirl_dino.py
-the same without hierarchy  python hirl_dino.py --clusters 0 --out runs/plain
+the same without hierarchy  python hirl_dino.py --clusters 0 --out runs/dino
 one GPU                     python hirl_dino.py --data cifar100 --amp --compile
 paper scale, 8 GPUs         torchrun --nproc-per-node=8 hirl_dino.py --data /imagenet --amp
 

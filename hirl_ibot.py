@@ -17,7 +17,7 @@
     7  the centres follow the teacher's logits; step on DINO + iBOT + HIRL; the teacher follows the student
 
 CPU demo, under 3 minutes   python hirl_ibot.py
-the same without hierarchy  python hirl_ibot.py --clusters 0 --out runs/plain
+the same without hierarchy  python hirl_ibot.py --clusters 0 --out runs/ibot
 one GPU                     python hirl_ibot.py --data cifar100 --amp --compile
 paper scale, 8 GPUs         torchrun --nproc-per-node=8 hirl_ibot.py --data /imagenet --amp
 

@@ -14,7 +14,7 @@
     6  step on MoCo + HIRL; enqueue k
 
 CPU demo, under 3 minutes   python hirl_moco.py
-the same without hierarchy  python hirl_moco.py --clusters 0 --out runs/plain
+the same without hierarchy  python hirl_moco.py --clusters 0 --out runs/moco
 one GPU                     python hirl_moco.py --data cifar100 --amp --compile
 paper scale, 8 GPUs         torchrun --nproc-per-node=8 hirl_moco.py --data /imagenet --amp
 

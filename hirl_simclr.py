@@ -17,7 +17,7 @@ This project's own composition: HIRL (2205.13159) was published on MoCo v2, SwAV
     6  step on SimCLR + HIRL, with LARS where batches are large
 
 CPU demo, under 3 minutes   python hirl_simclr.py
-the same without hierarchy  python hirl_simclr.py --clusters 0 --out runs/plain
+the same without hierarchy  python hirl_simclr.py --clusters 0 --out runs/simclr
 one GPU                     python hirl_simclr.py --data cifar100 --amp --compile
 paper scale, 8 GPUs         torchrun --nproc-per-node=8 hirl_simclr.py --data /imagenet --amp
 

@@ -15,7 +15,7 @@
     6  step on SimSiam + HIRL; the predictor keeps its learning rate, the rest follows the cosine
 
 CPU demo, under 3 minutes   python hirl_simsiam.py
-the same without hierarchy  python hirl_simsiam.py --clusters 0 --out runs/plain
+the same without hierarchy  python hirl_simsiam.py --clusters 0 --out runs/simsiam
 one GPU                     python hirl_simsiam.py --data cifar100 --amp --compile
 paper scale, 8 GPUs         torchrun --nproc-per-node=8 hirl_simsiam.py --data /imagenet --amp
 

@@ -17,7 +17,7 @@
     8  step on SwAV + HIRL; the queue takes both global crops' e
 
 CPU demo, under 3 minutes   python hirl_swav.py
-the same without hierarchy  python hirl_swav.py --clusters 0 --out runs/plain
+the same without hierarchy  python hirl_swav.py --clusters 0 --out runs/swav
 one GPU                     python hirl_swav.py --data cifar100 --amp --compile
 paper scale, 8 GPUs         torchrun --nproc-per-node=8 hirl_swav.py --data /imagenet --amp
 

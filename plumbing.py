@@ -184,7 +184,8 @@ def resolve_arguments(parser, presets, argv=None):
     """Arguments from, in falling order of precedence, the command line, that of the run to resume, the preset.
 
     args.argv are the words of both command lines: a number that the data do not allow is refused if it is among them,
-    and reduced if it is the preset's. A flag of a part that is switched off does nothing.
+    and reduced if it is the preset's. A flag of a part that is switched off does nothing. A preset's warm-up keeps its
+    share of --epochs, one epoch at least: the tree of an untrained network tells nothing.
     """
     argv = [part for word in map(str, sys.argv[1:] if argv is None else argv)
             for part in (word.split("=", 1) if word.startswith("--") else [word])]
@@ -242,9 +243,9 @@ def fit_clusters(args, pictures):
 
 def fit_batch(args, pictures):
     """--batch-size, or fewer where a preset asks for more than there are pictures; a multiple of the processes."""
-    batch_size = fit("batch_size", args, at_most=pictures) // processes() * processes()
     if pictures < 2 * processes():
         raise Stop(f"{args.data} has {pictures} pictures: give at least two for each of the {processes()} processes")
+    batch_size = fit("batch_size", args, at_most=pictures) // processes() * processes()
     if batch_size < 2 * processes() or batch_size != args.batch_size and "--batch-size" in args.argv:
         raise Stop(f"--batch-size {args.batch_size} of {pictures} pictures must be a multiple of the {processes()} "
                    f"processes, and at least {2 * processes()}")
@@ -352,7 +353,7 @@ class Run:
         self.check()
         keep = tuple(keep) if isinstance(keep, tuple) else keep  # a Hierarchy as plain containers
         state = dict({name: part.state_dict() for name, part in self.parts.items()}, epoch=epoch, step=step, keep=keep,
-                     sums=self.sums, steps=self.steps, log=self.log, unreadable=self.train.unreadable)
+                     sums=self.sums, steps=self.steps, log=self.log, unreadable=dict(self.train.unreadable))
         refuse_not_finite(state, "after the last step")
         if row:
             self.write(row())

@@ -599,6 +599,17 @@ def test_a_damaged_test_picture_counts_as_its_neighbour_in_any_order(order, tmp_
     assert errors.count("neighbour: c0/1.png") == errors.count("neighbour: c0/2.png") == 1, errors
 
 
+def test_the_first_picture_is_held_out_even_if_it_is_damaged(tmp_path):
+    """Eight pictures without a test split: every tenth is one."""
+    for i in range(8):
+        (tmp_path / f"c{i // 4}").mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (200 * (i // 4), i, 90)).save(tmp_path / f"c{i // 4}" / f"{i}.png")
+    (tmp_path / "c0" / "0.png").write_bytes(b"no picture")
+    train, test = common.load_data(str(tmp_path))
+    assert test is None and [*train.unreadable] == [0]
+    assert common.knn_accuracy(train, test, lambda images: images.pixels.flatten(1).float()) == [100.0]
+
+
 def test_finetuning_needs_two_pictures_a_step(run, monkeypatch, capsys, tmp_path):
     code, _, errors = evaluate(monkeypatch, capsys, "--run", run, "--protocol", "finetune", "--batch-size", 1,
                                "--out", tmp_path / "e.json")
