@@ -10,7 +10,7 @@
 Each run has one thread and low priority; Ctrl-C stops, the next call goes on from there. What a run leaves in
 runs/STUDY/RUN-SEED-CODE/ is evaluated by eval_linear.py; its config, log and evaluation, and run.json (command, code,
 CPU seconds), come to results/STUDY/RUN-SEED/. CODE is a hash of the script and of what it imports, without comments and
-docstrings; where a log's is not today's, its row of a table says "earlier code". It says "earlier code, same figures"
+docstrings; where a log's is not today's, its row of a table has a mark: ‡ earlier code, or † earlier code, same figures
 where both codes logged the same digits in three epochs of that row's arguments on textures, a tree from the second on,
 one thread: each run adds its code's digits to results/figures.json, --compare adds today's.
 
@@ -100,6 +100,11 @@ validation 3 hirl_moco.py --clusters 810 270 27 --path-weight 3
 validation 3 hirl_moco.py --clusters 810 270 27 --warmup-epochs 6
 validation 3 hirl_moco.py --clusters 810 270 27 --warmup-epochs 42
 validation 3 hcsc.py --clusters 81 54 27 --warmup-epochs 42
+
+validation 3 hirl_simsiam.py --clusters 0
+validation 3 hirl_simsiam.py
+validation 3 hirl_simsiam.py --path-weight 0.3
+validation 3 hirl_simsiam.py --path-weight 0.1
 
 bases 3 hirl_simclr.py --clusters 0
 bases 3 hirl_simclr.py

@@ -94,19 +94,22 @@ def cell(setting, what):
 
 # ---- tables
 
+MARKS = {"earlier code, same figures": "†", "earlier code": "‡"}  # of a row; explained below its table
+
 
 def markdown(lines):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def study_table(settings, columns):
-    """columns: heading -> measure. What has no log is "not run"."""
+    """columns: heading -> measure. What has no log is "not run". Rows of earlier code have a mark, explained below."""
     lines = [["", "seeds", *columns], ["---"] * (len(columns) + 2)]
     for setting in settings:
-        label = setting.label + f" ({setting.age})" * bool(setting.age)
+        label = f"{setting.label} {MARKS.get(setting.age, '')}".strip()
         cells = [cell(setting, what) if setting.logs else "" for what in columns.values()]
         lines.append([label, str(len(setting.logs) or "not run"), *cells])
-    return markdown(lines)
+    marked = [f"{mark} {age}" for age, mark in MARKS.items() if age in [setting.age for setting in settings]]
+    return markdown(lines) + "\n\n" * bool(marked) + "; ".join(marked)
 
 
 def verdict(setting):

@@ -88,14 +88,14 @@ def test_other_code_must_be_said(copy, log):
     """Red after a change of the code, until the table says "earlier code"; comments do not count."""
     edit(copy / "common.py", "import torch\n", "import torch  # the framework\n")
     assert reproduce(copy, "--check")[0] == 0
-    before = (copy / "results" / "README.md").read_text().count("(earlier code)")
+    before = (copy / "results" / "README.md").read_text().count("‡")
     edit(copy / "common.py", "def near_centroids(", "def now_otherwise():\n    pass\n\n\ndef near_centroids(")
     code, said = reproduce(copy, "--check")
     assert code == 1 and "table health" in said
     reproduce(copy, "--tables")
     assert reproduce(copy, "--check")[0] == 0
     page = (copy / "results" / "README.md").read_text()
-    assert page.count("(earlier code)") > before
+    assert page.count("‡") > before
 
 
 def test_other_arguments_are_another_run(copy, log):
