@@ -89,7 +89,7 @@ class Images:
         return Images([self.names[i] for i in rows], labels, self.class_names, pixels, paths, unreadable, self.named)
 
     def picture(self, i):
-        """Picture i, PIL's, RGB; when it cannot be read, the next one that can: that is noted. In any thread."""
+        """Picture i as PIL's, RGB; if it cannot be read, the next that can, and this is noted. Safe in any thread."""
         if self.pixels is not None:
             return TF.to_pil_image(self.pixels[i].cpu())
         while True:
@@ -100,7 +100,7 @@ class Images:
                 self.replace({shown: f"{type(error).__name__}: {error}"})
 
     def replace(self, found):
-        """Note {i: why}: the next picture, index, label and all, takes the place of i. Stop above 1 % of these."""
+        """Note {i: why} as unreadable: the next picture takes its place, index and label too. Stop above 1 %."""
         for i, why in found.items():
             self.unreadable[i], shown = why, self.index_of == i
             self.index_of[shown] = self.index_of[(i + 1) % len(self)]
@@ -356,8 +356,8 @@ def crop_boxes(u, height, width, augmentation):
     """Random resized crop: u (n,10,4) in [0,1) -> boxes (n,4) int64, (row, column, height, width).
 
     Each of ten tries takes four numbers: area, aspect (uniform in its logarithm), row and column. The first try that
-    fits is the box; if none does, the largest central box within the range of aspects. u None, to look without
-    chance: (1,4), the central square, for views from 96 px on its middle 7/8, as 224 of 256.
+    fits is the box; if none does, the largest central box within the range of aspects. u None, for evaluation:
+    (1,4), the central square; for views from 96 px on its middle 7/8, as 224 of 256.
     """
     scale, ratio = augmentation.scale, augmentation.ratio
     if u is None:
@@ -499,8 +499,8 @@ def near_centroids(x, centroids, top=1, half=False):
     """Rows (n, D), centroids (K, D) -> (n, top) ids: the nearest, then the best of each of the next best blocks.
 
     The nearest has the highest score (x-m).(c-m) - |c-m|^2/2, m the mean centroid: one addmm a chunk of rows.
-    half=True: float16 scores, unless a few lengths exceed the others by far. They need the centring: without it 5 %
-    of the rows get a wrong label when all features are nearly equal.
+    half=True: float16 scores, unless a few rows are far longer than the rest. float16 needs m subtracted: without
+    that, rows get wrong labels when all features are nearly equal.
     """
     k, mean, scale = len(centroids), centroids.mean(0), 1.0
     # argmax over K scores costs half as much as the product itself (CPU). So: scores as S strips of W columns, the
@@ -625,7 +625,7 @@ def kmeans(x, k, *, iterations=20, seed=0, init=None, exact=False):
 
     x (N, D) of any float type, a tensor or numpy memory map, read in blocks; under a process group this rank's share,
     of any size. init (k, D) is the start, else greedy seeds. From k = 1000 on, unless exact=True, only every sixth pass
-    searches all centroids, the others a row's four candidates; with init there are a fifth more passes; it ends when
+    searches all centroids, the others four candidates per row; with init there are a fifth more passes; it ends when
     less than a thousandth of the rows moves. No cluster is empty, unless x has fewer distinct rows than k (a warning
     says so); rows closer than a millionth of their length count as equal.
     ValueError: k < 1, k > N, no rows, rows with NaN, infinity or too large numbers, init of another shape.
@@ -675,7 +675,7 @@ def concentration(distance, counts, temperature):
     """PCL's phi: (K,) summed distance and (K,) size -> (K,) per-prototype temperatures, mean = temperature.
 
     phi = mean distance / log(size + 10); sizes 0 and 1 get the largest; clipped to the 10th-90th percentile, and from
-    below at a hundredth of the mean (an own guard: equal items have distance 0, and q.c/phi must stay finite).
+    below at a hundredth of the mean (this project's guard: equal items have distance 0, and q.c/phi must stay finite).
     """
     phi = distance / counts.clamp(min=1) / (counts + 10.0).log()
     phi = torch.where(counts > 1, phi, phi.where(counts > 1, 0).max())
@@ -716,8 +716,8 @@ def hierarchical_kmeans(x, clusters, *, temperature, iterations=20, seed=0):
     for k in clusters:
         if raw:
             # An upper level clusters centroids, some of them of few images. Unweighted seeding spends seeds on those
-            # (images lie up to 14 % farther from their group's mean); weights equal to the images fit the centroids
-            # worse than a random start. The square root does better than a random start at both.
+            # (images lie farther from their group's mean); weighting by their number of images fits the
+            # centroids worse than a random start. The square root of it beats a random start at both.
             init = greedy_seeds(items, images.sqrt(), k, torch.Generator().manual_seed(seed))
         centroids, label = kmeans(items, k, iterations=iterations, seed=seed, init=init)
         raw.append(centroids)
@@ -763,10 +763,10 @@ def semantic_path_loss(z, hierarchy, index, negative_leaves, eps=1e-6):
 
 @torch.no_grad()
 def hcsc_instance_selection(queue, hierarchy, index):
-    """HCSC: how likely each queue entry is a true negative of each image, one matrix a level.
+    """HCSC: how likely each queue entry is a true negative of each image, one matrix per level.
 
-    keep(n, j) = 1 - softmax_i(u_j . c_i^l / phi_i^l)[y_l(n)]: an entry that belongs to the image's own cluster
-    is likely to mean the same thing, and is likely to be left out.
+    keep(n, j) = 1 - softmax_i(u_j . c_i^l / phi_i^l)[y_l(n)]: an entry of the image's own cluster is likely to
+    show the same thing, a false negative, and is likely to be left out.
 
     queue (Q, D) unit rows u_j; hierarchy: Hierarchy of L levels; index (B,) int64, the images' places in the
     data set, y_l(n) = assign[l][index[n]]. Returns L x (B, Q), the parameters of Bernoulli draws. phi is floored
@@ -783,7 +783,7 @@ def hcsc_instance_selection(queue, hierarchy, index):
 
 @torch.no_grad()
 def hcsc_prototype_selection(hierarchy, index):
-    """HCSC: how likely each prototype is a true negative of each image, one matrix a level.
+    """HCSC: how likely each prototype is a true negative of each image, one matrix per level.
 
     keep(n, j) = 1 - softmax_i(c_j^l . c_i^{l+1} / phi_i^{l+1})[pa(y_l(n))]: a prototype under the same parent as
     the image's own is likely to be left out; at the top level all stay. The own prototype's column is 0.
@@ -851,7 +851,7 @@ def hcsc_prototype_loss(q, hierarchy, index, masks, *, unselected="remove", excl
 
 # ---- kNN and neighbours
 def largest_products(x, test, k):
-    """Inner products and ids, each (B, k), of the k rows of all ranks with the largest, for each test row (B, D).
+    """For each test row (B, D), the k rows of all ranks with the largest inner products: products and ids, (B, k) each.
 
     x (n, D) is this rank's share of the rows, test is the same on every rank. In chunks of 2^26 products.
     """
@@ -874,9 +874,9 @@ def keep_largest(value, near, score, first):
 def nearest_neighbours(x, k):
     """Ids (n, k) int64 of the k other rows with the largest inner product, nearest first: exact, on any device.
 
-    x (n, D) of any float type; unit rows make the product a cosine. A row is no neighbour of its own; its exact double
-    is one. Under a process group x holds this rank's rows, any number of them, ids are global, and the rows of all
-    ranks pass by in blocks. float64 puts k + 4 candidates in order, equal ones by id. ValueError: k not in 1..N-1, NaN.
+    x (n, D) of any float type; unit rows make the product a cosine. A row is never its own neighbour; its exact double
+    can be. Under a process group x holds this rank's rows, any number of them, ids are global, and the rows of all
+    ranks pass by in blocks. The best k + 4 are sorted again in float64, ties by id. ValueError: k not in 1..N-1, NaN.
     """
     x, total = checked(x, "nearest neighbours")
     if not 1 <= k < total:

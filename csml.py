@@ -4,11 +4,11 @@
 # ///
 """CsMl on MoCo v2: views seeded from other images, at several layers (Seed the Views 2012.02733, MoCo v2 2003.04297).
 
-    1  every few epochs: key features of all images, from the trunk -> K nearest others  common.nearest_neighbours
-    2  an image comes with one of its neighbours, drawn anew each epoch; queries q of the image, n of the neighbour,
-       m of the image with a box of the neighbour's in it, lam the share of the image left              cutmix_box
-    3  keys k of the image and k_n of the neighbour; a query picks a key out of a queue of past keys
-    4  CsMl: q picks k, n picks k_n; after a warm-up each picks either; m picks both by their area       csml_loss
+    1  every few epochs: the key encoder's backbone features of all images -> K nearest ones  common.nearest_neighbours
+    2  each image comes with one of its neighbours, drawn anew each epoch; queries: q of the image, n of the neighbour,
+       m of the image with a box pasted in from the neighbour, lam the share of the image left          cutmix_box
+    3  keys k of the image and k_n of the neighbour; each query must tell its keys from a queue of past keys
+    4  CsMl: q picks k, n picks k_n; after a warm-up each picks both; m picks both, by their areas       csml_loss
     5  step; enqueue k
 
 CPU demo, under 3 minutes   python csml.py
@@ -30,10 +30,10 @@ Differs from paper or released code
   multi-level   (--level-weights) a RECONSTRUCTION. Known: the abstract pulls similar images together at different
                 layers; the release has the last one alone, the default here. Inferred, and without reference numbers:
                 which stages, pooling + MLP, a queue and the same loss for each, the weights, one table for all
-  neighbours    an image is left out of its own by its number. The release drops the nearest hit: of exact
-                doubles that may be the other one, and the image becomes its own neighbour
+  neighbours    an image is excluded from its own neighbours by its index. The release drops the nearest hit: if an
+                exact duplicate exists, that may be the one dropped, and the image stays its own neighbour
   warm-up       the release writes "epoch > 10" into the code; here --warmup-epochs, 11 for ImageNet. CutMix mixes
-                the neighbour in from the first epoch, as released, when the table is an untrained network's
+                the neighbour in from the first epoch, as released, though the table is then an untrained network's
   lr, presets   cosine per step, per epoch in the release; below ImageNet as in hirl_moco.py; textures: a table an epoch
 
 In the log  image, neighbour, mix (or moco); those of earlier stages end in _layer1 to _layer3
@@ -134,7 +134,7 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def update_key_encoder(self, ema_momentum):
-        """theta_k <- m theta_k + (1-m) theta_q: parameters only, batch-norm statistics are its own."""
+        """theta_k <- m theta_k + (1-m) theta_q: parameters only; the copy has its own batch-norm statistics."""
         for p_k, p_q in zip(self.encoder_k.parameters(), self.encoder_q.parameters()):
             p_k.lerp_(p_q, 1 - ema_momentum)  # MoCo Eq. 2
 
@@ -195,7 +195,7 @@ def same_label(labels, table):
 
 # ---- [method] loss
 def csml_loss(q, k, queue, lam, weights, temperature):
-    """Image, neighbour and mixed picture each pick the keys of image and neighbour out of the queue.
+    """Image, neighbour and mixed picture must each tell the keys of image and neighbour from the queue.
 
     l(x, y) = mean_n -log exp(x_n.y_n/T) / (exp(x_n.y_n/T) + sum_j exp(x_n.u_j/T)), each key with a softmax of its own
     image      1/3 [ a l(q, k) + b l(q, k_n) ]
@@ -219,7 +219,7 @@ def csml_loss(q, k, queue, lam, weights, temperature):
 
 # ---- [method] several layers: with --level-weights alone
 class StageEncoder(nn.Module):
-    """An Encoder that tells of S stages of its ResNet, 4 the last: (B, 3, H, W) -> (B, S D), raw, D columns a stage.
+    """An Encoder that projects S stages of its ResNet (4 the last): (B, 3, H, W) -> (B, S D), raw, D columns each.
 
     Earlier stages are pooled and get a projector like the last one's: a reconstruction.
     """
@@ -250,7 +250,7 @@ def unit_rows(x, dim):
 
 # ---- [shared: moco] loss
 def info_nce(q, k, queue, temperature):
-    """The query picks its own key among the queue: -log exp(q.k/T) / (exp(q.k/T) + sum_j exp(q.u_j/T)).
+    """The query must tell its own key from the queue: -log exp(q.k/T) / (exp(q.k/T) + sum_j exp(q.u_j/T)).
 
     q, k (B, D) unit rows, queue (Q, D) unit rows u_j; the gradient goes to q alone. Returns a scalar;
     a network that tells nothing apart scores ln(1 + Q). Source: MoCo (1911.05722) Eq. 1.
@@ -291,7 +291,7 @@ def main(args):
                           for encoder in (model.encoder_q, model.encoder_k))
     names = ["image", "neighbour", "mix"] if neighbours else ["moco"]
     chance = {name + layer: w * math.log(1 + queue_size) / len(names) for layer, w, _ in levels for name in names}
-    exported, clustered = model.encoder_q, model.encoder_k.backbone  # neighbours are those of the key trunk
+    exported, clustered = model.encoder_q, model.encoder_k.backbone  # neighbours: by the key encoder's backbone
     views = [augmentation] * 2  # of each image, and of the neighbour that it comes with
 
     # ---- [method] optimizer
@@ -326,7 +326,7 @@ def main(args):
                                  workers=args.workers)
         for step, index, crops in run.timed(batches, epoch, steps_per_epoch - start_step):
             done = (epoch + step / steps_per_epoch) / args.epochs  # share of the run
-            place = (args.seed, epoch, step)  # what every draw follows from
+            place = (args.seed, epoch, step)  # seeds every random draw of this step
 
             # ---- [shared: cosine] learning rate
             plumbing.set_lr(optimizer, 0.5 * peak_lr * (1 + math.cos(math.pi * done)))

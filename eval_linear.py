@@ -15,9 +15,9 @@ the baseline             python eval_linear.py --run runs/x --untrained --out un
              --linear features: of the central crop, computed once; augment: of random crops and flips
   knn        each of the k most similar training pictures votes exp(cosine / temperature)
   finetune   the whole network (a copy) and a new linear layer, on random crops and flips; tested about 20 times
-  cluster    k-means of the unit features of the test pictures, one cluster a class, against the labels
-  hierarchy  the tree of k-means of the unit features of all training pictures, and the tree that the run left
-             in clusters.csv (of its projections), against the label tree: each by each, and by distance
+  cluster    k-means of the test pictures' unit features, with as many clusters as classes, against the labels
+  hierarchy  the k-means tree of all training pictures' unit features, and the tree that the run left in
+             clusters.csv (of its projections), against the labels: every level with every depth, and by tree distance
 
 Labels have a depth, 0 the coarsest; clusters have a level, 0 the finest, as in the methods. Without
 --validation the best epoch and the best --lr are chosen on the test pictures. Quote the last epoch; the best is an
@@ -261,7 +261,7 @@ def stratified(labels, fraction, seed):
 class Task:
     """Pictures, depths and the frozen network; what does not go together is refused before anything long begins.
 
-    every, train, few, test  Images: all for the tree, those with a label, linear's and finetune's share of these, test
+    every, train, few, test  Images: all (for the tree); the labelled; those that linear and finetune use; the test's
     depths, finest           of the labels: those compared, those of linear and finetune
     clusters                 of the tree, finest first
     """

@@ -4,15 +4,15 @@
 # ///
 """HCSC on MoCo v2: hierarchical contrastive selective coding (HCSC 2202.00455, MoCo v2 2003.04297).
 
-    1  q = normalise(encoder_q(view 0)), k = normalise(encoder_k(view 1)), theta_k follows theta_q slowly
+    1  q = normalise(encoder_q(view 0)), k = normalise(encoder_k(view 1)), theta_k is an EMA of theta_q
     2  once an epoch, after a warm-up: key features of all images -> k-means -> k-means of its
-       centres -> ..., a tree of prototypes c^l whose level 0 is the finest         hierarchical_kmeans
-    3  a queue entry that seems to belong to the image's own cluster of level l is likely left out
-       of its negatives there, by a draw                                        hcsc_instance_selection
-    4  MoCo: q picks k out of the entries that stay, at every level                  hcsc_instance_loss
+       centres -> ..., a tree of prototypes c^l, level 0 (leaves) the finest        hierarchical_kmeans
+    3  at every level, draws decide which queue entries stay negatives of an image: one that seems
+       to belong to the image's own cluster is likely to go                     hcsc_instance_selection
+    4  MoCo: q must tell k from the entries that stay, at every level                hcsc_instance_loss
     5  a prototype that seems to belong to the parent of the image's own is likely
-       left out too; at the top level all stay                                 hcsc_prototype_selection
-    6  q picks its own prototype out of those that stay, at every level             hcsc_prototype_loss
+       to go too; at the top level all stay                                    hcsc_prototype_selection
+    6  q must tell its own prototype from those that stay, at every level           hcsc_prototype_loss
     7  step on 4 + 6, each averaged over the levels; enqueue k
 
 CPU demo, under 3 minutes   python hcsc.py
@@ -29,15 +29,15 @@ Changes relative to hirl_moco.py: no level heads, no paths; the tree chooses neg
 
 Differs from paper or released code
   --release     the released code differs from the paper in H1 to H6: see class Reading
-  small crops   (--multi-crop) as released: summed over crops, one draw of instances for all, of prototypes one
-                each. Do they select instances? The released configuration says so (selection_on_local: 1), but the
-                training script never reads it and has it off. --local-selection: on
-  prototype     as released: an image's own is k-means' and its ancestors, not the most similar at each level;
-                phi above level 0 is over child prototypes, not images, all phi with PCL's clip and scale
-  lr, presets   cosine per step, per epoch in the release; below ImageNet as in hirl_moco.py: 3, 2, 1 hurts (README)
+  small crops   (--multi-crop) as released: losses are summed over crops; one draw of instances serves all crops, of
+                prototypes each has its own. Small crops select no instances, as in the released training script, which
+                never reads its configuration's selection_on_local: 1. --local-selection turns this on
+  prototype     as released: an image's own are its k-means cluster and that one's ancestors, not the most similar at
+                each level; phi above level 0 is taken over child prototypes, not images; clip and scale are PCL's
+  lr, presets   cosine per step (release: per epoch); below ImageNet as in hirl_moco.py: 3, 2, 1 hurts (README)
 
-In the log  moco without a tree; with it instance and prototype, of small crops _local; dropped_l, what draws leave out.
-            chance_level_loss is moco's; instance's, as in the paper, is the mean over l of ln(1 + Q (1 - dropped_l))
+In the log  without a tree moco; with it instance, prototype (small crops: _local), dropped_l, the share left out. In
+            config.json: chance_level_loss, moco's; instance's, as in the paper: mean of ln(1 + Q (1 - dropped_l))
 """
 
 # ---- [method] import
@@ -127,7 +127,7 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def update_key_encoder(self, ema_momentum):
-        """theta_k <- m theta_k + (1-m) theta_q: parameters only, batch-norm statistics are its own."""
+        """theta_k <- m theta_k + (1-m) theta_q: parameters only; the copy has its own batch-norm statistics."""
         for p_k, p_q in zip(self.encoder_k.parameters(), self.encoder_q.parameters()):
             p_k.lerp_(p_q, 1 - ema_momentum)  # MoCo Eq. 2
 
@@ -143,19 +143,19 @@ class MoCo(nn.Module):
 # ---- [method] the paper's reading and the release's
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How HCSC's equations are read: by default as in the paper. RELEASE is all that --release changes."""
-    # H1  What is left out, 16 % at 8 clusters, 0.03 % at 3000, is removed. Release: its logit is 0, it adds exp(0).
+    """How HCSC's equations are read. The defaults are the paper's; RELEASE holds all that --release changes."""
+    # H1  Entries left out (16 % at 8 clusters, 0.03 % at 3000) leave the sum. Release: logit 0, each still adds exp(0).
     unselected: str = "remove"
-    # H2  Instance terms are averaged over levels, as prototype terms are. Release: summed, L times their weight.
+    # H2  Instance terms are averaged over levels, as prototype terms are. Release: summed, so L times the weight.
     over_levels: object = torch.mean
-    # H3  An image's own prototype is not its negative. Release: nor is that of any other image of the process's batch.
-    #     K_l (1 - 1/K_l)^B are left: at B 64 60 of 108, 2 of 27, none of 9. Of none loss and gradient are 0.
-    # H4  Release: the last cluster in use is never a negative either, off by one. Hardly matters.
+    # H3  An image's own prototype is never its negative. Release: nor are those of all others in the process's batch.
+    #     About K_l (1 - 1/K_l)^B are left: for B = 64, 60 of 108, 2 of 27, none of 9: then loss and gradient are 0.
+    # H4  Release: the last cluster in use is never a negative either, an off-by-one error. It hardly matters.
     exclude: str = "own"
-    # H5  Release: chances clipped; with K_l in the thousands that drops more than the selection does.
+    # H5  Release: chances of staying are clipped; with K_l in the thousands this drops more than the selection does.
     instance_clip: tuple = (0, 1)
     prototype_clip: tuple = (0, 1)
-    # H6  Release: phi of the parents scaled to mean T before the selection. No change: the tree's phi has that mean.
+    # H6  Release: the parents' phi is rescaled to mean T before the selection. No effect: the tree's phi has that mean.
     rescale_phi: bool = False
     prototype_weight: float = 1.0  # of the prototype terms: --prototype-weight, 1 in paper and release
 
@@ -165,7 +165,7 @@ PAPER, RELEASE = Reading(), Reading("zero", torch.sum, "batch", (0, 0.999), (1e-
 
 # ---- [method] selection and loss
 def select(queue, hierarchy, index, temperature, reading=PAPER):
-    """Chances to stay a negative of images `index` (B,): L x (B, Q) of queue entries, L x (B, K_l) of prototypes."""
+    """Probability to stay a negative of images `index` (B,): queue entries L x (B, Q), prototypes L x (B, K_l)."""
     instance_chances = common.hcsc_instance_selection(queue, hierarchy, index)
     phi = [temperature * phi / phi.mean() if reading.rescale_phi else phi for phi in hierarchy.concentration]
     *below, top = common.hcsc_prototype_selection(hierarchy._replace(concentration=phi), index)
@@ -202,7 +202,7 @@ def hcsc_loss(q, k, queue, hierarchy, index, instance_masks, prototype_masks, te
 
 def hcsc_terms(queries, k, queue, hierarchy, index, instance_masks, prototype_masks, temperature, reading=PAPER,
                local_selection=False):
-    """The same for view 0 and, summed under names of their own, the small crops: queries, prototype_masks one each."""
+    """hcsc_loss of view 0, and its sum over small crops, named _local; queries and prototype_masks: one per crop."""
     losses = {}
     for crop, (q, masks) in enumerate(zip(queries, prototype_masks)):
         selected = instance_masks if crop == 0 or local_selection else None
@@ -214,7 +214,7 @@ def hcsc_terms(queries, k, queue, hierarchy, index, instance_masks, prototype_ma
 
 # ---- [shared: moco] loss
 def info_nce(q, k, queue, temperature):
-    """The query picks its own key among the queue: -log exp(q.k/T) / (exp(q.k/T) + sum_j exp(q.u_j/T)).
+    """The query must tell its own key from the queue: -log exp(q.k/T) / (exp(q.k/T) + sum_j exp(q.u_j/T)).
 
     q, k (B, D) unit rows, queue (Q, D) unit rows u_j; the gradient goes to q alone. Returns a scalar;
     a network that tells nothing apart scores ln(1 + Q). Source: MoCo (1911.05722) Eq. 1.
@@ -244,7 +244,7 @@ def main(args):
     model.to(device, memory_format=torch.channels_last)
     encode_q, encode_k = (torch.compile(encoder) if args.compile else encoder
                           for encoder in (model.encoder_q, model.encoder_k))
-    exported, clustered = model.encoder_q, model.encoder_k  # the one people take, the one that is clustered
+    exported, clustered = model.encoder_q, model.encoder_k  # backbone.pt comes from the first, the tree from the second
     parts = (6 / 7, 5 / 7, 4 / 7, 3 / 7) if args.multi_crop else ()  # at ImageNet 192, 160, 128, 96 px
     views = [augmentation] * 2 + [  # of each image; the share of the picture shrinks as the side does
         augmentation._replace(size=round(args.image_size * part), scale=tuple(part * s for s in augmentation.scale))
@@ -287,7 +287,7 @@ def main(args):
                                  workers=args.workers)
         for step, index, crops in run.timed(batches, epoch, steps_per_epoch - start_step):
             done = (epoch + step / steps_per_epoch) / args.epochs  # share of the run
-            place = (args.seed, epoch, step)  # what every draw follows from
+            place = (args.seed, epoch, step)  # seeds every random draw of this step
 
             # ---- [shared: cosine] learning rate
             plumbing.set_lr(optimizer, 0.5 * peak_lr * (1 + math.cos(math.pi * done)))

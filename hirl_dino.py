@@ -6,11 +6,11 @@
 
     1  two global crops and small local ones: the student sees all, the teacher the global ones; each
        ends in P logits                                                                    encode_crops
-    2  DINO: from every crop the student predicts the teacher's target for each other global crop, the
-       softmax at a low temperature of its logits less a centre                               dino_loss
+    2  DINO: from every crop the student predicts the teacher's target for each other global crop: the
+       softmax, at a low temperature, of the teacher's logits minus a centre                  dino_loss
     3  once an epoch, after a warm-up: the teacher's raw projections of all images -> k-means -> k-means
-       of its centres -> ..., a tree of prototypes c^l whose level 0 is the finest  hierarchical_kmeans
-    4  one small head a level turns the student's raw projection of the first crop into z^l
+       of its centres -> ..., a tree of prototypes c^l, level 0 (leaves) the finest hierarchical_kmeans
+    4  one small head per level turns the student's raw projection of the first crop into z^l
     5  HIRL: the image scores high on its own path of the tree, S = prod_l (1 + z^l.c^l)/2, and low
        on random other paths                                                         semantic_path_loss
     6  the centre follows the teacher's logits; step on DINO + HIRL; the teacher follows the student
@@ -22,22 +22,22 @@ paper scale, 8 GPUs         torchrun --nproc-per-node=8 hirl_dino.py --data /ima
 
 Symbols  V crops, global ones first; s, t logits of student (V, B, P) and teacher (2, B, P); c centre; T temperature
          in the log, entropy: of the targets, entropy_of_mean: of their mean, both ln P if all is uniform, the second
-         small if few outputs are used; prototypes_in_use: largest of a target in an epoch's steps, on average
+         small if few outputs are used; prototypes_in_use: outputs largest in a target of an epoch's steps, on average
 
-Changes relative to hirl_moco.py: student and teacher, three-layer projectors, learnt prototypes (another thing than
-the tree's), local crops; cross entropy and a centre instead of InfoNCE and a queue; AdamW, more schedules.
+Changes relative to hirl_moco.py: student and teacher, three-layer projectors, learnt prototypes (not those of
+the tree), local crops; cross entropy and a centre instead of InfoNCE and a queue; AdamW, more schedules.
 
-Differs from paper (P), DINO's code (D), HIRL's release (H): number, who does as this script, what the others do
+Differs from paper (P), DINO's code (D), HIRL's release (H): number, who agrees, what this does; what the others do
   D1   PDH  the loss uses the old centre, which then moves by the raw logits of both global crops
   D2   D    the teacher moves after the step; H before the forward pass, one update ahead
-  H6   D    schedules are read at their step; H rounds down, 7 % of the steps get the value before
+  H6   D    schedules are read at their step; H rounds the step down: 7 % of the steps get the previous value
   D3   D    gradients are clipped tensor by tensor; H all together, D4 a frozen last layer included
-  D5   DH   positions, class token, last layer decay: all but vectors
+  D5   DH   weight decay on all but vectors: on positions, class token and last layer too
   D6   D    the teacher starts as a copy; H its head as another random network
   D7        the levels' heads decay like the rest; H by a constant 0.01, biases too
-  D8   DH   positions for local crops are interpolated up to a tenth of a patch off, to fit their weights
+  D8   DH   interpolated positions of local crops are up to a tenth of a patch off, as the released weights expect
   D9   DH   the mean over pairs of crops; P the sum
-  D10  D    all crops go through the projector together; H global and local apart, which batch norm there can tell
+  D10  D    all crops go through the projector together; H global and local apart: with batch norm there, not the same
   D11  P    T_t rises over a tenth of the epochs (30 of 300); D and H 50 of 400 for ViT-B
   D12       --amp or not for base and HIRL alike; H fp16 without, fp32 with hierarchy. Crops are resized bilinearly
   small     DEVIATION on textures: a centre that balances the batch (--centering sinkhorn, as in SwAV and DINOv2),
@@ -180,15 +180,15 @@ class DINO(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, ema_momentum):
-        """theta_t <- m theta_t + (1-m) theta_s: parameters only, batch-norm statistics are its own."""
+        """theta_t <- m theta_t + (1-m) theta_s: parameters only; the copy has its own batch-norm statistics."""
         for p_t, p_s in zip(self.teacher.parameters(), self.student.parameters()):
             p_t.lerp_(p_s, 1 - ema_momentum)
 
     @torch.no_grad()
     def in_use(self, p, now, steps):
-        """For the log: mean entropy of targets p (2, b, P), entropy of their mean, outputs that were one's largest
-        within the last `steps` steps. In nats, over all processes; both near ln P: all is uniform; that of the mean
-        small: few outputs are in use.
+        """For the log: mean entropy of the targets p (2, b, P), entropy of their mean, and how many outputs were the
+        largest of some target in the last `steps` steps. Entropies in nats, over all processes: both near ln P, all
+        is uniform; that of the mean small, few outputs are in use.
         """
         p = p.flatten(0, -2)
         mean = ranks.all_reduce_sum(p.mean(dim=0)) / ranks.processes()  # (P,)
@@ -201,7 +201,7 @@ class DINO(nn.Module):
 def encode_crops(backbone, projector, crops, branches=None):
     """Crops [(b, 3, S, S)], those of a size side by side -> raw projections (V, b, D).
 
-    Crops of one size go through the trunk together, all through the projector; branches: see networks.drop_path.
+    Crops of one size pass the backbone together, all pass the projector together; branches: see networks.drop_path.
     """
     first = [v for v in range(len(crops)) if v == 0 or crops[v].shape != crops[v - 1].shape]
     features = []
@@ -213,7 +213,7 @@ def encode_crops(backbone, projector, crops, branches=None):
 
 # ---- [shared: dino] loss
 def dino_loss(student, teacher, center, student_temperature, teacher_temperature):
-    """The student predicts, from every crop, what the teacher makes of each global crop but that one:
+    """From every crop, the student predicts the teacher's output for each global crop other than that one:
 
     mean over i < 2, v != i of mean_n H(softmax((t_i - c) / T_t), softmax(s_v / T_s)),  H(a, b) = -sum_p a_p log b_p
 
@@ -295,13 +295,13 @@ def main(args):
     check_crops(args, backbone)
     model = DINO(Encoder(backbone, width, args.projector, args.hidden, args.dim, args.prototypes, args.free_last_layer,
                          args.init_std))
-    model.heads = nn.ModuleList(level_head(args.dim) for _ in clusters)  # last: the rest starts as without them
+    model.heads = nn.ModuleList(level_head(args.dim) for _ in clusters)  # last, so that the rest starts as without
     ranks.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
     model.to(device, memory_format=torch.channels_last)
     backbone, projector, teacher = (torch.compile(part) if args.compile else part for part in (
         model.student.backbone, model.student.projector, model.teacher))
     chance = {"dino": math.log(args.prototypes)}
-    exported = clustered = model.teacher  # the one people take is the one that is clustered
+    exported = clustered = model.teacher  # backbone.pt and the tree both come from it
     local = augmentation._replace(size=args.local_size, **LOCAL[args.preset])
     views = [augmentation, augmentation._replace(**SECOND[args.preset]), *[local] * args.local_crops]
 
@@ -340,7 +340,7 @@ def main(args):
                                  workers=args.workers)
         for step, index, crops in run.timed(batches, epoch, steps_per_epoch - start_step):
             done = (epoch + step / steps_per_epoch) / args.epochs  # share of the run
-            place = (args.seed, epoch, step)  # what every draw follows from
+            place = (args.seed, epoch, step)  # seeds every random draw of this step
 
             # ---- [shared: dino] schedules' values
             now, temperature_t = round(done * steps), temperatures[epoch]

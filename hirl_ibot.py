@@ -7,11 +7,11 @@
     1  two global crops and small local ones: the student sees all, the global ones with masked patches, the
        teacher the global ones whole; class token and patches end in P logits each             encode_crops
     2  DINO: from every crop's class token the student predicts the teacher's target for each other global
-       crop, the softmax at a low temperature of its logits less a centre                         dino_loss
+       crop: the softmax, at a low temperature, of the teacher's logits minus a centre            dino_loss
     3  iBOT: the student predicts the teacher's target for every masked patch                    patch_loss
     4  once an epoch, after a warm-up: the teacher's raw projections of all images -> k-means -> k-means
-       of its centres -> ..., a tree of prototypes c^l whose level 0 is the finest      hierarchical_kmeans
-    5  one small head a level turns the student's raw projection of the masked first crop into z^l
+       of its centres -> ..., a tree of prototypes c^l, level 0 (leaves) the finest     hierarchical_kmeans
+    5  one small head per level turns the student's raw projection of the masked first crop into z^l
     6  HIRL: the image scores high on its own path of the tree, S = prod_l (1 + z^l.c^l)/2, and low
        on random other paths                                                             semantic_path_loss
     7  the centres follow the teacher's logits; step on DINO + iBOT + HIRL; the teacher follows the student
@@ -25,10 +25,10 @@ Changes relative to hirl_dino.py (whose symbols and log these are): always a ViT
 vector in place of a masked patch; S patches, their loss and centre c'. D1-D12 and small hold. DEVIATION on textures
 also: torchvision's initial ViT, a weak patch loss (a patch's colours give it away), only masked patches projected.
 
-Differs from paper (P), iBOT's code (I), HIRL's release (H): number, who does as this script, what the others do
-  I1    PIH  a crop without mask (half of them) adds 0 to the mean of the patch loss: it weighs half on average
+Differs from paper (P), iBOT's code (I), HIRL's release (H): number, who agrees, what this does; what the others do
+  I1    PIH  a crop without mask (half of them) adds 0 to the mean of the patch loss, which halves it on average
   I2    IH   the patch centre is the mean of all patches, masked or not
-  I3,6       local crops have no masks; I and H draw some, I switches them off by hand, H passes none
+  I3,6       local crops have no masks; I and H draw some, but I discards them by hand, H passes none on
   I4,5       one projector and prototypes for class token and patches, as in all published runs; I can have two
   I7,8       one batch for base and HIRL (H 32, 43 images a GPU); teacher's lengths of prototypes like the student's
   I9    IH   the mask's vector starts at 0 and decays
@@ -174,15 +174,15 @@ class DINO(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, ema_momentum):
-        """theta_t <- m theta_t + (1-m) theta_s: parameters only, batch-norm statistics are its own."""
+        """theta_t <- m theta_t + (1-m) theta_s: parameters only; the copy has its own batch-norm statistics."""
         for p_t, p_s in zip(self.teacher.parameters(), self.student.parameters()):
             p_t.lerp_(p_s, 1 - ema_momentum)
 
     @torch.no_grad()
     def in_use(self, p, now, steps):
-        """For the log: mean entropy of targets p (2, b, P), entropy of their mean, outputs that were one's largest
-        within the last `steps` steps. In nats, over all processes; both near ln P: all is uniform; that of the mean
-        small: few outputs are in use.
+        """For the log: mean entropy of the targets p (2, b, P), entropy of their mean, and how many outputs were the
+        largest of some target in the last `steps` steps. Entropies in nats, over all processes: both near ln P, all
+        is uniform; that of the mean small, few outputs are in use.
         """
         p = p.flatten(0, -2)
         mean = ranks.all_reduce_sum(p.mean(dim=0)) / ranks.processes()  # (P,)
@@ -195,7 +195,7 @@ class DINO(nn.Module):
 def encode_crops(encoder, crops, masks=None, mask_token=None, branches=None, read=None):
     """Crops [(b, 3, S, S)] -> raw projections of all class tokens (V, b, D), of the global crops' patches (2, b, S, D).
 
-    masks (2b, h, w) bool, of the two global crops, which come first; read (n,): patches, of 2bS, the others give 0.
+    masks (2b, h, w) bool, of the two global crops, first in order; read (n,): patches of 2bS to project, rest 0.
     """
     branches = [None] * 2 if branches is None else [x.flatten(1) for x in branches.tensor_split([2], dim=1)]
     tokens = encoder.backbone.tokens(torch.cat(crops[:2]), masks, mask_token, branches[0])  # (2b, 1+S, F)
@@ -210,10 +210,10 @@ def encode_crops(encoder, crops, masks=None, mask_token=None, branches=None, rea
 
 # ---- [method] masks
 def block_masks(draws, ratio, side):
-    """Masks (n, side, side) bool made of rectangles, as in BEiT: at most `ratio` (n,) of the patches, often fewer.
+    """Masks (n, side, side) bool of rectangles (BEiT, iBOT's code): at most `ratio` (n,) of the patches, often fewer.
 
     draws (n, tries, 4) uniform: area, between (side // 3)^2 and what is missing, aspect, 0.3 to 1 / 0.3, row, column.
-    A try counts if it adds a patch and not too many, its sides below the grid's; ten in vain are the end. Source: I.
+    A try is kept if its sides are below the grid's and it adds patches, not too many; ten failures in a row end it.
     """
     masks = torch.zeros(len(draws), side, side, dtype=torch.bool)
     for mask, tries, missing in zip(masks.numpy(), draws.numpy(), (ratio * side**2).tolist()):
@@ -240,7 +240,7 @@ def random_masks(batch_size, side, share, ratio, generator):
 
 # ---- [shared: dino] loss
 def dino_loss(student, teacher, center, student_temperature, teacher_temperature):
-    """The student predicts, from every crop, what the teacher makes of each global crop but that one:
+    """From every crop, the student predicts the teacher's output for each global crop other than that one:
 
     mean over i < 2, v != i of mean_n H(softmax((t_i - c) / T_t), softmax(s_v / T_s)),  H(a, b) = -sum_p a_p log b_p
 
@@ -341,13 +341,13 @@ def main(args):
                          args.init_std))
     model.mask_token = nn.Parameter(torch.zeros(1, width))
     model.register_buffer("patch_center", torch.zeros(args.prototypes))  # (P,)
-    model.heads = nn.ModuleList(level_head(args.dim) for _ in clusters)  # last: the rest starts as without them
+    model.heads = nn.ModuleList(level_head(args.dim) for _ in clusters)  # last, so that the rest starts as without
     ranks.sync_batch_norm(model).to(device)  # under torchrun; one process has nothing to synchronise
     for encoder in (model.student, model.teacher) if args.compile else ():
         encoder.backbone.tokens = torch.compile(encoder.backbone.tokens)
     balance, uniform = args.centering == "sinkhorn", math.log(args.prototypes)
     chance = {"dino": uniform, "patch": args.patch_weight * args.mask_share * uniform}
-    exported = clustered = model.teacher  # the one people take is the one that is clustered
+    exported = clustered = model.teacher  # backbone.pt and the tree both come from it
     local = augmentation._replace(size=args.local_size, **LOCAL[args.preset])
     views = [augmentation, augmentation._replace(**SECOND[args.preset]), *[local] * args.local_crops]
 
@@ -386,7 +386,7 @@ def main(args):
                                  workers=args.workers)
         for step, index, crops in run.timed(batches, epoch, steps_per_epoch - start_step):
             done = (epoch + step / steps_per_epoch) / args.epochs  # share of the run
-            place = (args.seed, epoch, step)  # what every draw follows from
+            place = (args.seed, epoch, step)  # seeds every random draw of this step
 
             # ---- [shared: dino] schedules' values
             now, temperature_t = round(done * steps), temperatures[epoch]

@@ -4,11 +4,11 @@
 # ///
 """HIRL on MoCo v2: hierarchical image representation learning (HIRL 2205.13159, MoCo v2 2003.04297).
 
-    1  q = normalise(encoder_q(view 0)), k = normalise(encoder_k(view 1)), theta_k follows theta_q slowly
-    2  MoCo: q picks k out of a queue of past keys                                             info_nce
+    1  q = normalise(encoder_q(view 0)), k = normalise(encoder_k(view 1)), theta_k is an EMA of theta_q
+    2  MoCo: q must tell its own key k from a queue of past keys                               info_nce
     3  once an epoch, after a warm-up: key features of all images -> k-means -> k-means of its
-       centres -> ..., a tree of prototypes c^l whose level 0 is the finest         hierarchical_kmeans
-    4  one small head a level turns the query's raw projection into z^l
+       centres -> ..., a tree of prototypes c^l, level 0 (leaves) the finest        hierarchical_kmeans
+    4  one small head per level turns the query's raw projection into a level embedding z^l
     5  HIRL: the image scores high on its own path of the tree, S = prod_l (1 + z^l.c^l)/2, and low
        on random other paths                                                        semantic_path_loss
     6  step on MoCo + HIRL; enqueue k
@@ -26,15 +26,15 @@ Changes relative to: nothing, read this script first; the siblings say what they
 
 Differs from paper or released code
   path loss     scores against all prototypes, then picks: same value and gradient, less time and memory
-  phi           computed with the tree, unused by HIRL's loss, as in the release
-  small data    presets below ImageNet use a batch norm in the projector (--projector mlp-bn) and a faster
-                ema_momentum: at few steps MoCo v2's own head keeps all embeddings in one direction for long
-  queue         any batch and queue size; the release needs one to divide the other
+  phi           (a temperature per prototype, PCL's) comes with the tree; HIRL's loss ignores it, as released
+  small data    presets below ImageNet have a batch norm in the projector (--projector mlp-bn) and a smaller
+                ema_momentum: with few steps, MoCo v2's own head leaves all embeddings pointing one way for long
+  queue         any batch and queue size; in the release the batch size must divide the queue size
   batch norm    over the whole batch under torchrun (--bn sync), so G processes equal one; --bn shuffle is
                 MoCo's own. On one device shuffling is a permutation inside one batch, a no-op: left out
-  lr            cosine per step; the release floors the epoch
+  lr            the cosine moves every step; in the release, every epoch
 
-In the log  moco and, with a tree, path; chance_level_loss is moco's, of a network that tells nothing apart
+In the log  moco and, with a tree, path; config.json: chance_level_loss, moco of a network that tells nothing apart
 """
 
 # ---- [method] import
@@ -126,7 +126,7 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def update_key_encoder(self, ema_momentum):
-        """theta_k <- m theta_k + (1-m) theta_q: parameters only, batch-norm statistics are its own."""
+        """theta_k <- m theta_k + (1-m) theta_q: parameters only; the copy has its own batch-norm statistics."""
         for p_k, p_q in zip(self.encoder_k.parameters(), self.encoder_q.parameters()):
             p_k.lerp_(p_q, 1 - ema_momentum)  # MoCo Eq. 2
 
@@ -141,7 +141,7 @@ class MoCo(nn.Module):
 
 # ---- [shared: moco] loss
 def info_nce(q, k, queue, temperature):
-    """The query picks its own key among the queue: -log exp(q.k/T) / (exp(q.k/T) + sum_j exp(q.u_j/T)).
+    """The query must tell its own key from the queue: -log exp(q.k/T) / (exp(q.k/T) + sum_j exp(q.u_j/T)).
 
     q, k (B, D) unit rows, queue (Q, D) unit rows u_j; the gradient goes to q alone. Returns a scalar;
     a network that tells nothing apart scores ln(1 + Q). Source: MoCo (1911.05722) Eq. 1.
@@ -166,14 +166,14 @@ def main(args):
     # ---- [method] model
     queue_size = plumbing.fit("queue_size", args, at_most=len(train))
     model = MoCo(Encoder(args.arch, args.stem, args.projector, args.dim, args.image_size), args.dim, queue_size)
-    model.heads = nn.ModuleList(level_head(args.dim) for _ in clusters)  # last: the rest starts as without them
+    model.heads = nn.ModuleList(level_head(args.dim) for _ in clusters)  # last, so that the rest starts as without
     if args.bn == "sync":
         ranks.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
     model.to(device, memory_format=torch.channels_last)
     encode_q, encode_k = (torch.compile(encoder) if args.compile else encoder
                           for encoder in (model.encoder_q, model.encoder_k))
     chance = {"moco": math.log(1 + queue_size)}
-    exported, clustered = model.encoder_q, model.encoder_k  # the one people take, the one that is clustered
+    exported, clustered = model.encoder_q, model.encoder_k  # backbone.pt comes from the first, the tree from the second
     views = [augmentation] * 2  # of each image
 
     # ---- [method] optimizer
@@ -205,7 +205,7 @@ def main(args):
                                  workers=args.workers)
         for step, index, crops in run.timed(batches, epoch, steps_per_epoch - start_step):
             done = (epoch + step / steps_per_epoch) / args.epochs  # share of the run
-            place = (args.seed, epoch, step)  # what every draw follows from
+            place = (args.seed, epoch, step)  # seeds every random draw of this step
 
             # ---- [shared: cosine] learning rate
             plumbing.set_lr(optimizer, 0.5 * peak_lr * (1 + math.cos(math.pi * done)))
@@ -219,7 +219,7 @@ def main(args):
             q, k = F.normalize(raw, dim=1), F.normalize(k, dim=1)
 
             # ---- [method] base loss
-            losses = {"moco": info_nce(q, k, model.queue, args.temperature)}  # queue of before this step
+            losses = {"moco": info_nce(q, k, model.queue, args.temperature)}  # the queue as it was before this step
             watched = {"feature_std": plumbing.feature_std(q)}
 
             # ---- [shared: hirl] path loss

@@ -7,8 +7,8 @@
     1  q1, q2 = normalise(predictor(encoder_q(view))), k1, k2 = normalise(encoder_k(view)) of views 0 and 1
     2  MoCo v3: q1 picks k2 out of the keys of the whole batch, and q2 picks k1                contrast
     3  once an epoch, after a warm-up: key features of all images -> k-means -> k-means of its
-       centres -> ..., a tree of prototypes c^l whose level 0 is the finest         hierarchical_kmeans
-    4  one small head a level turns view 0's query before the predictor into z^l
+       centres -> ..., a tree of prototypes c^l, level 0 (leaves) the finest        hierarchical_kmeans
+    4  one small head per level turns view 0's query before the predictor into z^l
     5  HIRL: the image scores high on its own path of the tree, S = prod_l (1 + z^l.c^l)/2, and low
        on random other paths                                                        semantic_path_loss
     6  step on MoCo v3 + HIRL
@@ -31,12 +31,12 @@ Changes relative to hirl_moco.py
   optimizer     AdamW (ViT) or LARS (ResNet); its rate warms up; the key encoder slows down to rest (m -> 1)
 
 Differs from paper or released code
-  key encoder   moves between queries and keys, as released; in the paper's algorithm after the step: the same
-                sequence, but that m is the later step's and the last move is missing at the end
+  key encoder   is updated between queries and keys, as released; in the paper's algorithm, after the step: the same
+                sequence, except that each update uses the next step's m and the last one is missing
   loss          2 T in front and a sum of two terms, as released: beside HIRL's path loss each weighs 2 T = 0.4
   schedules     where lr warms up, the first step's is 0, as released; m by cosine, as HIRL (an option in MoCo v3)
   weight decay  with AdamW on every trained tensor, norms, biases and class token too, as released
-  LARS          divides by the norm of gradient and decay together, as MoCo v3's; hirl_simclr.py's is another
+  LARS          divides by the norm of gradient and decay together, as in MoCo v3; hirl_simclr.py's LARS differs
   base lr       1.5e-4 with and without hierarchy; HIRL's release compares 1.5e-4 with 1e-4
   level heads   five linear layers at paper scale (--head-layers), as HIRL's MoCo v3 alone; two elsewhere
   ViT           patch projection frozen, as MoCo v3; HIRL trains it, its switch is never on (--no-freeze-patches).
@@ -191,7 +191,7 @@ class MoCoV3(nn.Module):
 
     @torch.no_grad()
     def update_key_encoder(self, ema_momentum):
-        """theta_k <- m theta_k + (1-m) theta_q: parameters only, batch-norm statistics are its own."""
+        """theta_k <- m theta_k + (1-m) theta_q: parameters only; the copy has its own batch-norm statistics."""
         for p_k, p_q in zip(self.encoder_k.parameters(), self.encoder_q.parameters()):
             p_k.lerp_(p_q, 1 - ema_momentum)  # MoCo v3, Alg. 1
 
@@ -272,7 +272,7 @@ def main(args):
     encode_q, encode_k = (torch.compile(encoder) if args.compile else encoder
                           for encoder in (model.encoder_q, model.encoder_k))
     chance = {"mocov3": 4 * args.temperature * math.log(batch_size)}  # of both terms
-    exported, clustered = model.encoder_q, model.encoder_k  # the one people take, the one that is clustered
+    exported, clustered = model.encoder_q, model.encoder_k  # backbone.pt comes from the first, the tree from the second
     views = [augmentation, augmentation._replace(**SECOND_VIEW[args.preset])]  # of each image
 
     # ---- [method] optimizer
@@ -305,7 +305,7 @@ def main(args):
                                  workers=args.workers)
         for step, index, crops in run.timed(batches, epoch, steps_per_epoch - start_step):
             done = (epoch + step / steps_per_epoch) / args.epochs  # share of the run
-            place = (args.seed, epoch, step)  # what every draw follows from
+            place = (args.seed, epoch, step)  # seeds every random draw of this step
 
             # ---- [method] learning rate and the key encoder's
             plumbing.set_lr(optimizer, peak_lr * warmup_cosine(done, args.lr_warmup))

@@ -10,8 +10,8 @@ This project's own composition: HIRL (2205.13159) was published on MoCo v2, SwAV
     1  z1, z2 = normalise(encoder(view 0)), normalise(encoder(view 1)), all 2B views in one forward pass
     2  SimCLR: each view picks its partner out of the 2B-1 other views of the batch                nt_xent
     3  once an epoch, after a warm-up: features of all images -> k-means -> k-means of its centres
-       -> ..., a tree of prototypes c^l whose level 0 is the finest                    hierarchical_kmeans
-    4  one small head a level turns view 0's raw projection into z^l
+       -> ..., a tree of prototypes c^l, level 0 (leaves) the finest                   hierarchical_kmeans
+    4  one small head per level turns view 0's raw projection into z^l
     5  HIRL: the image scores high on its own path of the tree, S = prod_l (1 + z^l.c^l)/2, and low
        on random other paths                                                            semantic_path_loss
     6  step on SimCLR + HIRL, with LARS where batches are large
@@ -34,7 +34,7 @@ Changes relative to hirl_moco.py
 Differs from paper or released code
   path loss     on view 0 alone, as HIRL does with its base methods; path loss and phi: see hirl_moco.py
   LARS          decay joins the gradient after its norm is taken, as in LARC; SimCLR's release takes the norm of
-                both together (at decay 1e-6 hardly another number) and keeps the rate in the momentum buffer, so
+                both together (at decay 1e-6 hardly a difference) and keeps the rate in the momentum buffer, so
                 that old gradients keep their old rate
   projector     no batch norm on the output, which SimCLR's release has, so that HIRL's heads read what they
                 read in hirl_moco.py
@@ -42,7 +42,7 @@ Differs from paper or released code
   lr            cosine per step
   lr warm-up    a share of the run (--lr-warmup), not epochs, so that it shrinks with --epochs: 10 of 200
 
-In the log  simclr and, with a tree, path; chance_level_loss is simclr's, of a network that tells nothing apart
+In the log  simclr and, with a tree, path; config.json: chance_level_loss, simclr of a net that tells nothing apart
 """
 
 # ---- [shared] imports
@@ -152,7 +152,7 @@ class LARS(torch.optim.Optimizer):
                 if w.ndim > 1:
                     w_norm, g_norm = w.norm(), g.norm()
                     ratio = group["trust"] * w_norm / (g_norm + beta * w_norm + group["eps"])
-                    g = torch.where((w_norm > 0) & (g_norm > 0), ratio * (g + beta * w), g)  # waits for no GPU
+                    g = torch.where((w_norm > 0) & (g_norm > 0), ratio * (g + beta * w), g)  # no wait for the GPU
                 if "v" not in self.state[w]:
                     self.state[w]["v"] = torch.zeros_like(w)
                 self.state[w]["v"].mul_(group["momentum"]).add_(g)
@@ -173,12 +173,12 @@ def main(args):
     # ---- [method] model
     model = nn.Module()
     model.encoder = Encoder(args.arch, args.stem, args.projector, args.dim, args.image_size)
-    model.heads = nn.ModuleList(level_head(args.dim) for _ in clusters)  # last: the rest starts as without them
+    model.heads = nn.ModuleList(level_head(args.dim) for _ in clusters)  # last, so that the rest starts as without
     ranks.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
     model.to(device, memory_format=torch.channels_last)
     encode = torch.compile(model.encoder) if args.compile else model.encoder
     chance = {"simclr": math.log(2 * batch_size - 1)}
-    exported = clustered = model.encoder  # the one people take is the one that is clustered
+    exported = clustered = model.encoder  # backbone.pt and the tree both come from it
     views = [augmentation] * 2  # of each image
 
     # ---- [method] optimizer
@@ -210,7 +210,7 @@ def main(args):
                                  workers=args.workers)
         for step, index, crops in run.timed(batches, epoch, steps_per_epoch - start_step):
             done = (epoch + step / steps_per_epoch) / args.epochs  # share of the run
-            place = (args.seed, epoch, step)  # what every draw follows from
+            place = (args.seed, epoch, step)  # seeds every random draw of this step
 
             # ---- [method] learning rate
             lr = peak_lr * done / args.lr_warmup if done < args.lr_warmup else 0.5 * peak_lr * (

@@ -4,12 +4,12 @@
 # ///
 """HIRL on SimSiam: no negatives, no queue, no slow encoder (HIRL 2205.13159, SimSiam 2011.10566).
 
-    1  projection z = projector(backbone(view)), prediction p = predictor(z), a forward pass a view
+    1  projection z = projector(backbone(view)), prediction p = predictor(z), one forward pass per view
     2  SimSiam: p of one view points where z of the other does, and no gradient reaches that z; the
        predictor and this stop-gradient alone keep z from collapsing to one point        simsiam_loss
     3  once an epoch, after a warm-up: z of all images, in evaluation mode -> k-means -> k-means of
-       its centres -> ..., a tree of prototypes c^l, level 0 the finest           hierarchical_kmeans
-    4  one small head a level turns z of view 0, with its gradient, into z^l, level embeddings
+       its centres -> ..., a tree of prototypes c^l, level 0 (leaves) the finest  hierarchical_kmeans
+    4  one small head per level turns z of view 0, with its gradient, into level embeddings z^l
     5  HIRL: the image scores high on its own path of the tree, S = prod_l (1 + z^l.c^l)/2, and low
        on random other paths                                                       semantic_path_loss
     6  step on SimSiam + HIRL; the predictor keeps its learning rate, the rest follows the cosine
@@ -32,8 +32,8 @@ Changes relative to hirl_moco.py
   optimizer     two groups: the predictor's learning rate stays at its peak
 
 Differs from paper or released code
-  heads, tree   on z. HIRL's release asks for attributes that nothing sets and stops at its first clustering
-  passes        one a view; HIRL's release encodes each view twice: same loss and gradient, twice the time
+  heads, tree   on z. HIRL's release reads attributes that nothing sets, and crashes at its first clustering
+  passes        one per view; HIRL's release encodes each view twice: same loss and gradient, twice the time
   optimizer     SGD, as SimSiam and HIRL's code; HIRL's configuration says LARS, which nothing reads
   predictor lr  constant (HIRL; an option in SimSiam); --no-fix-predictor-lr: it follows the cosine too
   weight decay  on every tensor, batch norm and biases too, as released
@@ -41,8 +41,8 @@ Differs from paper or released code
   views         two; HIRL's loss takes more (and so does simsiam_loss), its configuration does not
   projector     its last layer has no bias; SimSiam's has a frozen one, which the batch norm after it removes
   small data    D 256, as k-means in 2048 dimensions is slow, and no --zero-init; cifar: two projector layers.
-                textures: narrow layers, and a predictor that learns 15 times as fast as the rest. It must keep
-                up with z, and in so few steps that decides: as fast as the rest, 5 or 40 times, it learnt less
+                textures: narrow layers, and a predictor with 15 times the learning rate of the rest: it must keep
+                up with z, and in so few steps that decides
 """
 
 # ---- [shared] imports
@@ -177,12 +177,12 @@ def main(args):
     for block in backbone.modules():
         if args.zero_init and hasattr(block, "conv2"):  # a residual block of two or three convolutions
             nn.init.zeros_(getattr(block, "bn3", block.bn2).weight)
-    model.heads = nn.ModuleList(level_head(args.dim) for _ in clusters)  # last: the rest starts as without them
+    model.heads = nn.ModuleList(level_head(args.dim) for _ in clusters)  # last, so that the rest starts as without
     ranks.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
     model.to(device, memory_format=torch.channels_last)
     encode = torch.compile(model.encoder) if args.compile else model.encoder
     chance = {"simsiam": 0.0}
-    exported = clustered = model.encoder  # the one people take is the one that is clustered
+    exported = clustered = model.encoder  # backbone.pt and the tree both come from it
     views = [augmentation] * 2  # of each image
 
     # ---- [method] optimizer
@@ -215,7 +215,7 @@ def main(args):
                                  workers=args.workers)
         for step, index, crops in run.timed(batches, epoch, steps_per_epoch - start_step):
             done = (epoch + step / steps_per_epoch) / args.epochs  # share of the run
-            place = (args.seed, epoch, step)  # what every draw follows from
+            place = (args.seed, epoch, step)  # seeds every random draw of this step
 
             # ---- [shared: cosine] learning rate
             plumbing.set_lr(optimizer, 0.5 * peak_lr * (1 + math.cos(math.pi * done)))

@@ -9,9 +9,9 @@
        that use all prototypes equally                                                        sinkhorn
     3  every other crop predicts that assignment                                    swapped_prediction
     4  once an epoch, after a warm-up: features of all images -> k-means -> k-means of its
-       centres -> ..., a tree whose level 0 is the finest                          hierarchical_kmeans
-    5  each step the batch's images move to the leaf nearest to their second global crop      reassign
-    6  one small head a level turns the first global crop's raw projection into z^l
+       centres -> ..., a tree, level 0 (leaves) the finest                         hierarchical_kmeans
+    5  at every step the batch's images move to the leaf nearest their second global crop     reassign
+    6  one small head per level turns the first global crop's raw projection into z^l
     7  HIRL: the image scores high on its own path of the tree, S = prod_l (1 + z^l.c^l)/2, and low
        on random other paths                                                        semantic_path_loss
     8  step on SwAV + HIRL; the queue takes both global crops' e
@@ -37,10 +37,10 @@ Changes relative to hirl_moco.py
 Differs from paper or released code
   re-assignment by the train-mode e of the second crop that the loss has computed anyway; HIRL's release encodes
                 that crop once more, also in train mode: one more forward pass and batch-norm update a step
-  multi-crop    crops of one size go through the trunk together, all through the projector together, as in
+  multi-crop    crops of one size pass the backbone together, all pass the projector together, as in
                 SwAV; HIRL's release encodes one after the other: other batch-norm statistics
   crops' mean   the loss averages over crops, as both releases do; SwAV's Eq. 6 sums, which scales the lr
-  queue         counts once it is full of images since --queue-epoch, as in SwAV; HIRL's release: once it is full
+  queue         used once it has been filled anew since --queue-epoch, as in SwAV; HIRL's release: once full
   sinkhorn      in logarithms: same numbers, but no prototype's mass can underflow to 0 / 0
   warm-up       of the lr, a share of the run (--lr-warmup) in place of 10 epochs: it shrinks with --epochs
   small data    presets below ImageNet train by SGD without LARC. At 32 px epsilon is 0.02: at few steps and small
@@ -176,7 +176,7 @@ class SwAV(nn.Module):
 def encode_crops(backbone, projector, crops):
     """Crops [(b, 3, S, S)], those of a size side by side -> raw projections (C, b, D).
 
-    Neighbours of one size go through the trunk together and all through the projector together, so that batch
+    Adjacent crops of one size pass the backbone together, and all crops pass the projector together, so that batch
     norm there sees every crop, as in SwAV. DEVIATION (HIRL's released code): one forward pass a crop.
     """
     first = [c for c in range(len(crops)) if c == 0 or crops[c].shape != crops[c - 1].shape]
@@ -279,19 +279,19 @@ def main(args):
     queue_size = plumbing.fit("queue_size", args, at_most=len(train))
     encoder = Encoder(args.arch, args.stem, args.projector, args.dim, args.image_size)
     model = SwAV(encoder, args.dim, args.prototypes, queue_size)
-    model.heads = nn.ModuleList(level_head(args.dim) for _ in clusters)  # last: the rest starts as without them
+    model.heads = nn.ModuleList(level_head(args.dim) for _ in clusters)  # last, so that the rest starts as without
     ranks.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
     model.to(device, memory_format=torch.channels_last)
     backbone, projector = (torch.compile(part, dynamic=False) if args.compile else part
                            for part in (model.encoder.backbone, model.encoder.projector))
     chance = {"swav": math.log(args.prototypes)}
-    exported = clustered = model.encoder  # the one people take is the one that is clustered
+    exported = clustered = model.encoder  # backbone.pt and the tree both come from it
     local = augmentation._replace(size=args.local_size, scale=LOCAL_SCALE[args.preset])
     views = [augmentation] * 2 + [local] * args.local_crops  # of each image
 
     # ---- [method] optimizer
     start_lr, final_lr = args.start_lr * batch_size / 256, args.final_lr * batch_size / 256
-    queue_from = args.queue_epoch * steps_per_epoch + math.ceil(queue_size / batch_size)  # the step when it is full
+    queue_from = args.queue_epoch * steps_per_epoch + math.ceil(queue_size / batch_size)  # the first step that uses it
     use_larc = args.optimizer == "larc"
     optimizer = torch.optim.SGD(model.parameters(), peak_lr, momentum=0.9,
                                 weight_decay=0 if use_larc else args.weight_decay)
@@ -323,7 +323,7 @@ def main(args):
                                  workers=args.workers)
         for step, index, crops in run.timed(batches, epoch, steps_per_epoch - start_step):
             done = (epoch + step / steps_per_epoch) / args.epochs  # share of the run
-            place = (args.seed, epoch, step)  # what every draw follows from
+            place = (args.seed, epoch, step)  # seeds every random draw of this step
 
             # ---- [method] learning rate
             plumbing.set_lr(optimizer, learning_rate(done, peak_lr, start_lr, final_lr, args.lr_warmup))

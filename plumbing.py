@@ -555,8 +555,8 @@ def say(line):
 def write_tree(folder, images, features, hierarchy, rows=27, columns=10):
     """tree.png and clusters.csv of this rank's features (n, D) and the Hierarchy; rank 0 writes.
 
-    A row of the picture is one of the fullest paths of the learnt tree: of each cluster, coarse to fine, unless it is
-    that of the row above, a caption and the picture nearest to the prototype; of the leaf more pictures.
+    Each row of the picture is one of the fullest paths of the learnt tree, coarse to fine: for each cluster, unless the
+    row above shows it, a caption and the picture nearest to its prototype; for the leaf, more pictures.
     """
     own = [(features * p[a[local_rows(len(images))]]).sum(1) for p, a in zip(hierarchy.prototypes, hierarchy.assign)]
     own = [all_gather_rows(similarity).cpu() for similarity in own]  # L x (N,), to the own prototype

@@ -52,8 +52,8 @@ differentiable_sum = differentiable_sum_.apply  # all_reduce_sum of a copy, thro
 def all_gather_rows(tensor, equal=False):
     """Rows of all ranks in rank order; gradients flow back to the rank that holds the row.
 
-    equal: as many rows from each, so that none has to ask. A loss of all rows, computed alike on each of G ranks, comes
-    back as G times its gradient: `average` divides by G again, so that they train as one would.
+    equal: every rank has as many rows, so none need ask. If each of G ranks computes the same loss of all rows, the
+    gradient comes back G times too large; `average` divides by G again, so that they train as one would.
     """
     if processes() == 1:
         return tensor
@@ -103,7 +103,7 @@ def random_state(seed, *place, device="cpu"):
 
 # ---- batch norm over the rows of all processes
 class SyncBatchNorm(nn.SyncBatchNorm):
-    """Batch norm over the rows of all ranks, as many as each has: torch's, which wants a GPU, and ours elsewhere."""
+    """Batch norm over the rows of all ranks, equally many on each: torch's on a GPU, which it needs; ours elsewhere."""
 
     process_group = None  # everyone
 

@@ -94,7 +94,10 @@ def cell(setting, what):
 
 # ---- tables
 
-MARKS = {"earlier code, same figures": "†", "earlier code": "‡"}  # of a row; explained below its table
+MARKS = {  # of a row by the age of its code, explained below the table
+    "earlier code, same figures": "† made by earlier code, which in three epochs logs the same digits as today's",
+    "earlier code": "‡ made by earlier code",
+}
 
 
 def markdown(lines):
@@ -105,11 +108,11 @@ def study_table(settings, columns):
     """columns: heading -> measure. What has no log is "not run". Rows of earlier code have a mark, explained below."""
     lines = [["", "seeds", *columns], ["---"] * (len(columns) + 2)]
     for setting in settings:
-        label = f"{setting.label} {MARKS.get(setting.age, '')}".strip()
+        label = f"{setting.label} {MARKS.get(setting.age, '')[:1]}".strip()
         cells = [cell(setting, what) if setting.logs else "" for what in columns.values()]
         lines.append([label, str(len(setting.logs) or "not run"), *cells])
-    marked = [f"{mark} {age}" for age, mark in MARKS.items() if age in [setting.age for setting in settings]]
-    return markdown(lines) + "\n\n" * bool(marked) + "; ".join(marked)
+    marks = [text for age, text in MARKS.items() if age in [setting.age for setting in settings]]
+    return markdown(lines) + "\n\n" * bool(marks) + "; ".join(marks)
 
 
 def verdict(setting):
