@@ -498,7 +498,7 @@ class Hierarchy(NamedTuple):
 def near_centroids(x, centroids, top=1, half=False):
     """Rows (n, D), centroids (K, D) -> (n, top) ids: the nearest, then the best of each of the next best blocks.
 
-    The nearest has the highest score (x-m).(c-m) - |c-m|^2/2, m the mean centroid: one addmm a chunk of rows.
+    The nearest has the highest score (x-m).(c-m) - |c-m|^2/2, m the mean centroid: one addmm per chunk of rows.
     half=True: float16 scores, unless a few rows are far longer than the rest. float16 needs m subtracted: without
     that, rows get wrong labels when all features are nearly equal.
     """
@@ -601,7 +601,7 @@ def greedy_seeds(x, weight, k, generator):
     distances most. When no row has both weight and distance left, the other seeds are the mean.
     """
     weight = all_gather_rows(weight.to(x.device, torch.float32))  # (N,)
-    size = max(2 * k, min(12 * k, 2**27 // x.shape[1]))  # twelve rows a seed are enough
+    size = max(2 * k, min(12 * k, 2**27 // x.shape[1]))  # twelve rows per seed are enough
     sample = torch.randperm(len(weight), generator=generator)[:size].sort().values.to(x.device)
     x, weight = take(x, sample)[0].float(), weight[sample]
     mean, each = x.mean(0), -(-k // 8)

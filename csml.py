@@ -34,7 +34,7 @@ Differs from paper or released code
                 exact duplicate exists, that may be the one dropped, and the image stays its own neighbour
   warm-up       the release writes "epoch > 10" into the code; here --warmup-epochs, 11 for ImageNet. CutMix mixes
                 the neighbour in from the first epoch, as released, though the table is then an untrained network's
-  lr, presets   cosine per step, per epoch in the release; below ImageNet as in hirl_moco.py; textures: a table an epoch
+  lr, presets   cosine per step (release: per epoch); below ImageNet as in hirl_moco.py; textures: a table every epoch
 
 In the log  image, neighbour, mix (or moco); those of earlier stages end in _layer1 to _layer3
 """
@@ -54,7 +54,7 @@ import networks
 import plumbing
 import ranks
 
-# ---- [method] presets: one column a data scale, chosen by --data, printed at start
+# ---- [method] presets: one column per data scale, chosen by --data, printed at start
 PRESETS = {
     "textures": dict(arch="tiny", stem="3x3s2", projector="mlp-bn", image_size=32, epochs=12, batch_size=32,
                      base_lr=0.8, weight_decay=5e-4, ema_momentum=0.75, queue_size=256, clusters=[810, 270, 27],
@@ -83,8 +83,8 @@ AUGMENTATIONS = {
 def parse_args(argv=None):
     p = plumbing.shared_arguments(__doc__, PRESETS)
     add = p.add_argument
-    add("--clusters", type=int, nargs="+", metavar="K", help="clusters a level, finest first, of the tree drawn after "
-        "training; 0: none (preset)")
+    add("--clusters", type=int, nargs="+", metavar="K", help="clusters per level, finest first, of the tree drawn "
+        "after training; 0: none (preset)")
     add("--warmup-epochs", type=plumbing.positive(int, zero=True),
         help="epochs in which image and neighbour pick their own key alone (CsMl: 11; preset)")
     add("--projector", choices=["mlp", "mlp-bn"], help="two linear layers, or with batch norm between (preset)")
@@ -279,7 +279,7 @@ def main(args):
     stages = [stage for stage, weight in enumerate(args.level_weights, 1) if weight > 0]  # as released: the last
     if len(stages) == 1:
         model = MoCo(encoder, args.dim, queue_size)
-    else:  # D columns a stage, in the rows of the encoder and of the queue
+    else:  # D columns per stage, in the rows of the encoder and of the queue
         model = MoCo(StageEncoder(encoder, stages, args.projector, args.dim), len(stages) * args.dim, queue_size)
         model.queue = unit_rows(model.queue, args.dim)
     levels = [(f"_layer{stage}" if stage < 4 else "", args.level_weights[stage - 1],

@@ -84,7 +84,7 @@ def parse_args(argv=None):
     add("--k", type=positive(int), default=20, help="neighbours of kNN")
     add("--temperature", type=positive(float), default=0.07, help="of kNN's votes")
     add("--clusters", type=positive(int), nargs="+", metavar="K",
-        help="clusters a level of the tree, finest first (the run's, or one a class of every depth)")
+        help="clusters per level of the tree, finest first (the run's, or one per class of every depth)")
     add("--pairs", type=positive(int, most=10**7), default=200_000, help="of pictures, to compare tree distances")
     add("--seed", type=positive(int, zero=True), default=0, help="of everything random")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
@@ -271,7 +271,7 @@ class Task:
         self.every, self.test = common.load_data(args.data, args.data_root, device, args.validation)
         if self.every.labels is None:
             raise Stop(f"{args.data} carries no labels, so there is nothing to compare with: sort the pictures into "
-                       "one sub-folder a class")
+                       "one sub-folder per class")
         known = (self.every.labels[:, 0] >= 0).nonzero()[:, 0]  # STL-10: most pictures carry no label
         if self.test is None:
             say("no test pictures: every tenth training picture is the test")
@@ -300,7 +300,7 @@ class Task:
             raise Stop(f"--protocol cluster makes a cluster a class, but {args.data} has {len(self.test)} test "
                        f"pictures of {most} classes: leave it out, or give a coarser --depth")
         if "finetune" in args.protocol and min(args.batch_size, len(self.few)) < 2:
-            raise Stop("finetune needs two pictures a step: give a larger --batch-size or more --labels")
+            raise Stop("finetune needs two pictures per step: give a larger --batch-size or more --labels")
         falling = self.clusters == sorted({*self.clusters}, reverse=True)
         if "hierarchy" in args.protocol and (self.clusters[0] > len(self.every) or not falling):
             raise Stop(f"--clusters {' '.join(map(str, self.clusters))} must fall from level to level, finest first, "
@@ -347,7 +347,7 @@ def random_crops(task, images, batch_size, epoch):
 
 
 def softmax_regression(batches, steps, x, y, classes, lrs, *, epochs, schedule, weight_decay):
-    """SGD with momentum 0.9 from zero, one model a learning rate, all at once -> R x {epoch: accuracy}.
+    """SGD with momentum 0.9 from zero, one model per learning rate, all at once -> R x {epoch: accuracy}.
 
     batches(epoch) yields `steps` times (features (B, F+1), labels (B,)), the last feature 1 for the bias;
     x (N, F+1), y (N,) the test; lrs (R,) the peaks. The gradient of the mean cross-entropy is written out.

@@ -5,7 +5,7 @@
 """HCSC on MoCo v2: hierarchical contrastive selective coding (HCSC 2202.00455, MoCo v2 2003.04297).
 
     1  q = normalise(encoder_q(view 0)), k = normalise(encoder_k(view 1)), theta_k is an EMA of theta_q
-    2  once an epoch, after a warm-up: key features of all images -> k-means -> k-means of its
+    2  once per epoch, after a warm-up: key features of all images -> k-means -> k-means of its
        centres -> ..., a tree of prototypes c^l, level 0 (leaves) the finest        hierarchical_kmeans
     3  at every level, draws decide which queue entries stay negatives of an image: one that seems
        to belong to the image's own cluster is likely to go                     hcsc_instance_selection
@@ -56,7 +56,7 @@ import networks
 import plumbing
 import ranks
 
-# ---- [method] presets: one column a data scale, chosen by --data, printed at start
+# ---- [method] presets: one column per data scale, chosen by --data, printed at start
 PRESETS = {
     "textures": dict(arch="tiny", stem="3x3s2", projector="mlp-bn", image_size=32, epochs=20, batch_size=64,
                      base_lr=0.6, weight_decay=5e-4, ema_momentum=0.6, queue_size=256, clusters=[810, 270, 27],
@@ -189,7 +189,7 @@ def dropped(instance_masks, prototype_masks):
 
 
 def hcsc_loss(q, k, queue, hierarchy, index, instance_masks, prototype_masks, temperature, reading=PAPER):
-    """HCSC's loss of one query an image, by term: each a mean over the levels, against the negatives that stay.
+    """HCSC's loss of one query per image, by term: each a mean over the levels, against the negatives that stay.
 
     instance_masks L x (B, Q), None: all stay, plain InfoNCE; prototype_masks L x (B, K_l). Source: HCSC (2202.00455).
     """

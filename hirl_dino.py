@@ -8,7 +8,7 @@
        ends in P logits                                                                    encode_crops
     2  DINO: from every crop the student predicts the teacher's target for each other global crop: the
        softmax, at a low temperature, of the teacher's logits minus a centre                  dino_loss
-    3  once an epoch, after a warm-up: the teacher's raw projections of all images -> k-means -> k-means
+    3  once per epoch, after a warm-up: the teacher's raw projections of all images -> k-means -> k-means
        of its centres -> ..., a tree of prototypes c^l, level 0 (leaves) the finest hierarchical_kmeans
     4  one small head per level turns the student's raw projection of the first crop into z^l
     5  HIRL: the image scores high on its own path of the tree, S = prod_l (1 + z^l.c^l)/2, and low
@@ -60,7 +60,7 @@ import networks
 import plumbing
 import ranks
 
-# ---- [method] presets: one column a data scale, chosen by --data, printed at start
+# ---- [method] presets: one column per data scale, chosen by --data, printed at start
 VIT = dict(stem="7x7", projector="mlp", hidden=2048, dim=256, optimizer="adamw", weight_decay=0.04,
            final_weight_decay=0.4, drop_path=0.1, centering="mean", teacher_temperature=[0.04, 0.07],
            ema_momentum=0.996, init_std=0.02)
@@ -116,8 +116,8 @@ def dino_arguments():
     add("--final-lr", type=number, help="lr at the end, not scaled by the batch (preset)")
     add("--final-weight-decay", type=number, help="weight decay at the end, by cosine (preset)")
     add("--clip-grad", type=number, help="largest norm of each tensor's gradient, 0: any (preset)")
-    add("--drop-path", type=share, help="chance to skip the last block, of a ViT as student (preset)")
-    add("--negative-paths", type=plumbing.positive(int), help="M random paths an image (HIRL; preset)")
+    add("--drop-path", type=share, help="chance to skip each branch of the student's last block, of a ViT (preset)")
+    add("--negative-paths", type=plumbing.positive(int), help="M random paths per image (HIRL; preset)")
     add("--path-weight", type=above, default=1.0, help="of the path loss (HIRL: 1)")
     return p
 
@@ -251,7 +251,7 @@ def balancing_center(teacher, temperature, iterations=3):
 
 # ---- [shared: dino] schedules
 def step_schedule(start, end, steps, warmup=0):
-    """A value a step: `warmup` steps in a line from 0 to `start` (a single one at 0), then a cosine from `start` on
+    """One value per step: `warmup` steps in a line from 0 to `start` (a single one at 0), then a cosine from `start` on
     that stops one step short of `end`. Source: DINO's released code.
     """
     rise = [start * t / max(1, warmup - 1) for t in range(warmup)]
@@ -260,7 +260,7 @@ def step_schedule(start, end, steps, warmup=0):
 
 
 def epoch_schedule(start, end, epochs, warmup):
-    """A value an epoch: `warmup` epochs in a line from `start` to `end` (a single one at `start`), then `end`."""
+    """One value per epoch: `warmup` epochs in a line from `start` to `end` (a single one at `start`), then `end`."""
     return [start + (end - start) * e / max(1, warmup - 1) if e < warmup else end for e in range(epochs)]
 
 

@@ -6,7 +6,7 @@
 
     1  q = normalise(encoder_q(view 0)), k = normalise(encoder_k(view 1)), theta_k is an EMA of theta_q
     2  MoCo: q must tell its own key k from a queue of past keys                               info_nce
-    3  once an epoch, after a warm-up: key features of all images -> k-means -> k-means of its
+    3  once per epoch, after a warm-up: key features of all images -> k-means -> k-means of its
        centres -> ..., a tree of prototypes c^l, level 0 (leaves) the finest        hierarchical_kmeans
     4  one small head per level turns the query's raw projection into a level embedding z^l
     5  HIRL: the image scores high on its own path of the tree, S = prod_l (1 + z^l.c^l)/2, and low
@@ -52,7 +52,7 @@ import networks
 import plumbing
 import ranks
 
-# ---- [method] presets: one column a data scale, chosen by --data, printed at start
+# ---- [method] presets: one column per data scale, chosen by --data, printed at start
 PRESETS = {
     "textures": dict(arch="tiny", stem="3x3s2", projector="mlp-bn", image_size=32, epochs=20, batch_size=64,
                      base_lr=0.6, weight_decay=5e-4, ema_momentum=0.6, queue_size=256, clusters=[810, 270, 27],
@@ -87,7 +87,7 @@ def parse_args(argv=None):
     add("--ema-momentum", type=plumbing.positive(float, zero=True, most=1),
         help="m: theta_k <- m theta_k + (1-m) theta_q (MoCo Eq. 2; preset)")
     add("--bn", choices=["sync", "shuffle"], help="batch norm under torchrun: over all, or MoCo's own (preset)")
-    add("--negative-paths", type=plumbing.positive(int), help="M random paths an image (HIRL; preset)")
+    add("--negative-paths", type=plumbing.positive(int), help="M random paths per image (HIRL; preset)")
     add("--path-weight", type=plumbing.positive(float), default=1.0, help="of the path loss (HIRL: 1)")
     return plumbing.resolve_arguments(p, PRESETS, argv)
 

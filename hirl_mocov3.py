@@ -6,7 +6,7 @@
 
     1  q1, q2 = normalise(predictor(encoder_q(view))), k1, k2 = normalise(encoder_k(view)) of views 0 and 1
     2  MoCo v3: q1 picks k2 out of the keys of the whole batch, and q2 picks k1                contrast
-    3  once an epoch, after a warm-up: key features of all images -> k-means -> k-means of its
+    3  once per epoch, after a warm-up: key features of all images -> k-means -> k-means of its
        centres -> ..., a tree of prototypes c^l, level 0 (leaves) the finest        hierarchical_kmeans
     4  one small head per level turns view 0's query before the predictor into z^l
     5  HIRL: the image scores high on its own path of the tree, S = prod_l (1 + z^l.c^l)/2, and low
@@ -63,7 +63,7 @@ import networks
 import plumbing
 import ranks
 
-# ---- [method] presets: one column a data scale, chosen by --data, printed at start
+# ---- [method] presets: one column per data scale, chosen by --data, printed at start
 PRESETS = {
     "textures": dict(arch="tiny", stem="3x3s2", image_size=32, epochs=18, batch_size=64, base_lr=0.6,
                      lr_warmup=0.0, weight_decay=5e-4, optimizer="sgd", ema_momentum=0.9, temperature=0.2, dim=128,
@@ -110,7 +110,7 @@ def parse_args(argv=None):
     add("--optimizer", choices=["adamw", "lars", "sgd"], help="AdamW, LARS or momentum SGD (preset)")
     add("--lr-warmup", type=plumbing.positive(float, zero=True, most=1),
         help="share of the run over which the learning rate rises from 0 (MoCo v3; preset)")
-    add("--negative-paths", type=plumbing.positive(int), help="M random paths an image (HIRL; preset)")
+    add("--negative-paths", type=plumbing.positive(int), help="M random paths per image (HIRL; preset)")
     add("--path-weight", type=plumbing.positive(float), default=1.0, help="of the path loss (HIRL: 1)")
     return plumbing.resolve_arguments(p, PRESETS, argv)
 

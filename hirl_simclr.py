@@ -9,7 +9,7 @@ This project's own composition: HIRL (2205.13159) was published on MoCo v2, SwAV
 
     1  z1, z2 = normalise(encoder(view 0)), normalise(encoder(view 1)), all 2B views in one forward pass
     2  SimCLR: each view picks its partner out of the 2B-1 other views of the batch                nt_xent
-    3  once an epoch, after a warm-up: features of all images -> k-means -> k-means of its centres
+    3  once per epoch, after a warm-up: features of all images -> k-means -> k-means of its centres
        -> ..., a tree of prototypes c^l, level 0 (leaves) the finest                   hierarchical_kmeans
     4  one small head per level turns view 0's raw projection into z^l
     5  HIRL: the image scores high on its own path of the tree, S = prod_l (1 + z^l.c^l)/2, and low
@@ -57,7 +57,7 @@ import networks
 import plumbing
 import ranks
 
-# ---- [method] presets: one column a data scale, chosen by --data, printed at start
+# ---- [method] presets: one column per data scale, chosen by --data, printed at start
 PRESETS = {
     "textures": dict(arch="tiny", stem="3x3s2", projector="mlp-bn", image_size=32, epochs=16, batch_size=128,
                      base_lr=0.3, weight_decay=5e-4, optimizer="sgd", lr_warmup=0.0, temperature=0.2,
@@ -91,7 +91,7 @@ def parse_args(argv=None):
     add("--optimizer", choices=["sgd", "lars"], help="momentum SGD, or LARS for large batches (SimCLR; preset)")
     add("--lr-warmup", type=plumbing.positive(float, zero=True, most=1),
         help="share of the run over which the learning rate rises from 0 (SimCLR; preset)")
-    add("--negative-paths", type=plumbing.positive(int), help="M random paths an image (HIRL; preset)")
+    add("--negative-paths", type=plumbing.positive(int), help="M random paths per image (HIRL; preset)")
     add("--path-weight", type=plumbing.positive(float), default=1.0, help="of the path loss (HIRL: 1)")
     return plumbing.resolve_arguments(p, PRESETS, argv)
 

@@ -7,7 +7,7 @@
     1  projection z = projector(backbone(view)), prediction p = predictor(z), one forward pass per view
     2  SimSiam: p of one view points where z of the other does, and no gradient reaches that z; the
        predictor and this stop-gradient alone keep z from collapsing to one point        simsiam_loss
-    3  once an epoch, after a warm-up: z of all images, in evaluation mode -> k-means -> k-means of
+    3  once per epoch, after a warm-up: z of all images, in evaluation mode -> k-means -> k-means of
        its centres -> ..., a tree of prototypes c^l, level 0 (leaves) the finest  hierarchical_kmeans
     4  one small head per level turns z of view 0, with its gradient, into level embeddings z^l
     5  HIRL: the image scores high on its own path of the tree, S = prod_l (1 + z^l.c^l)/2, and low
@@ -40,9 +40,9 @@ Differs from paper or released code
   lr            cosine per step; both releases floor the epoch
   views         two; HIRL's loss takes more (and so does simsiam_loss), its configuration does not
   projector     its last layer has no bias; SimSiam's has a frozen one, which the batch norm after it removes
-  small data    D 256, as k-means in 2048 dimensions is slow, and no --zero-init; cifar: two projector layers.
-                textures: narrow layers, and a predictor with 15 times the learning rate of the rest: it must keep
-                up with z, and in so few steps that decides
+  small data    D 256, as k-means in 2048 dimensions is slow; no --zero-init; --path-weight 0.1, as with HIRL's 1 the
+                tree hurts (results/README.md); cifar: two projector layers; textures: narrow layers, and a predictor
+                with 15 times the learning rate of the rest: it must keep up with z, and in so few steps that decides
 """
 
 # ---- [shared] imports
@@ -57,23 +57,23 @@ import networks
 import plumbing
 import ranks
 
-# ---- [method] presets: one column a data scale, chosen by --data, printed at start
+# ---- [method] presets: one column per data scale, chosen by --data, printed at start
 PRESETS = {
     "textures": dict(arch="tiny", stem="3x3s2", image_size=32, epochs=20, batch_size=64, base_lr=0.6, predictor_lr=15.0,
                      weight_decay=5e-4, dim=256, projector_layers=3, projector_width=256, predictor_width=64,
-                     zero_init=False, clusters=[810, 270, 27], warmup_epochs=10, negative_paths=100),
+                     zero_init=False, clusters=[810, 270, 27], warmup_epochs=10, negative_paths=100, path_weight=0.1),
     "cifar": dict(arch="resnet18", stem="3x3", image_size=32, epochs=200, batch_size=512, base_lr=0.03,
                   predictor_lr=1.0, weight_decay=5e-4, dim=256, projector_layers=2, projector_width=2048,
                   predictor_width=64, zero_init=False, clusters=[3000, 1000, 100], warmup_epochs=20,
-                  negative_paths=500),
+                  negative_paths=500, path_weight=0.1),
     "photos": dict(arch="resnet18", stem="7x7", image_size=96, epochs=200, batch_size=256, base_lr=0.05,
                    predictor_lr=1.0, weight_decay=5e-4, dim=256, projector_layers=3, projector_width=2048,
                    predictor_width=64, zero_init=False, clusters=[3000, 1000, 100], warmup_epochs=20,
-                   negative_paths=500),
+                   negative_paths=500, path_weight=0.1),
     "imagenet": dict(arch="resnet50", stem="7x7", image_size=224, epochs=200, batch_size=512, base_lr=0.05,
                      predictor_lr=1.0, weight_decay=1e-4, dim=2048, projector_layers=3, projector_width=2048,
                      predictor_width=512, zero_init=True, clusters=[30000, 10000, 1000], warmup_epochs=20,
-                     negative_paths=1000),
+                     negative_paths=1000, path_weight=1.0),
 }
 
 # ---- [shared: moco] augmentation: MoCo v2's, less blur at 32 px
@@ -99,8 +99,8 @@ def parse_args(argv=None):
     add("--zero-init", action=plumbing.argparse.BooleanOptionalAction,
         help="residual blocks start as the identity: 0 in their last batch norm (SimSiam; preset)")
     add("--temperature", type=plumbing.positive(float), default=0.2, help="mean of phi, which the loss does not read")
-    add("--negative-paths", type=plumbing.positive(int), help="M random paths an image (HIRL; preset)")
-    add("--path-weight", type=plumbing.positive(float), default=1.0, help="of the path loss (HIRL: 1)")
+    add("--negative-paths", type=plumbing.positive(int), help="M random paths per image (HIRL; preset)")
+    add("--path-weight", type=plumbing.positive(float), help="of the path loss (HIRL: 1; preset)")
     return plumbing.resolve_arguments(p, PRESETS, argv)
 
 

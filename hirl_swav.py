@@ -8,7 +8,7 @@
     2  SwAV: the scores e.c of a global crop against P learnt prototypes c become assignments
        that use all prototypes equally                                                        sinkhorn
     3  every other crop predicts that assignment                                    swapped_prediction
-    4  once an epoch, after a warm-up: features of all images -> k-means -> k-means of its
+    4  once per epoch, after a warm-up: features of all images -> k-means -> k-means of its
        centres -> ..., a tree, level 0 (leaves) the finest                         hierarchical_kmeans
     5  at every step the batch's images move to the leaf nearest their second global crop     reassign
     6  one small head per level turns the first global crop's raw projection into z^l
@@ -36,7 +36,7 @@ Changes relative to hirl_moco.py
 
 Differs from paper or released code
   re-assignment by the train-mode e of the second crop that the loss has computed anyway; HIRL's release encodes
-                that crop once more, also in train mode: one more forward pass and batch-norm update a step
+                that crop once more, also in train mode: one more forward pass and batch-norm update per step
   multi-crop    crops of one size pass the backbone together, all pass the projector together, as in
                 SwAV; HIRL's release encodes one after the other: other batch-norm statistics
   crops' mean   the loss averages over crops, as both releases do; SwAV's Eq. 6 sums, which scales the lr
@@ -60,7 +60,7 @@ import networks
 import plumbing
 import ranks
 
-# ---- [method] presets: one column a data scale, chosen by --data, printed at start
+# ---- [method] presets: one column per data scale, chosen by --data, printed at start
 PRESETS = {
     "textures": dict(arch="tiny", stem="3x3s2", projector="mlp-bn", image_size=32, epochs=16, batch_size=64,
                      base_lr=0.6, start_lr=0.0, final_lr=0.0, weight_decay=5e-4, optimizer="sgd", prototypes=300,
@@ -110,7 +110,7 @@ def parse_args(argv=None):
     add("--final-lr", type=plumbing.positive(float, zero=True), help="lr at the end, scaled as --base-lr (preset)")
     add("--lr-warmup", type=plumbing.positive(float, zero=True, most=1), default=0.05,
         help="share of the run in which lr rises to its peak (SwAV: 10 epochs)")
-    add("--negative-paths", type=plumbing.positive(int), help="M random paths an image (HIRL; preset)")
+    add("--negative-paths", type=plumbing.positive(int), help="M random paths per image (HIRL; preset)")
     add("--path-weight", type=plumbing.positive(float), default=1.0, help="of the path loss (HIRL: 1)")
     add("--no-reassign", action="store_true", help="leave a step's images in the leaves that k-means gave them")
     return plumbing.resolve_arguments(p, PRESETS, argv)
@@ -177,7 +177,7 @@ def encode_crops(backbone, projector, crops):
     """Crops [(b, 3, S, S)], those of a size side by side -> raw projections (C, b, D).
 
     Adjacent crops of one size pass the backbone together, and all crops pass the projector together, so that batch
-    norm there sees every crop, as in SwAV. DEVIATION (HIRL's released code): one forward pass a crop.
+    norm there sees every crop, as in SwAV. DEVIATION (HIRL's released code): one forward pass per crop.
     """
     first = [c for c in range(len(crops)) if c == 0 or crops[c].shape != crops[c - 1].shape]
     features = [backbone(torch.cat(crops[a:b])) for a, b in zip(first, first[1:] + [len(crops)])]

@@ -15,7 +15,7 @@ from ranks import local_rows
 
 # ---- backbone: torchvision's, by name
 class TinyResNet(torchvision.models.ResNet):
-    """A quarter-width ResNet of one block a stage, with torchvision's key names, for two CPU cores."""
+    """A quarter-width ResNet of one block per stage, with torchvision's key names, for two CPU cores."""
 
     def __init__(self, widths=(16, 32, 64, 128)):
         block = torchvision.models.resnet.BasicBlock
@@ -98,7 +98,8 @@ def backbone(arch, stem, image_size=224):
     try:
         if arch.startswith("vit-"):
             patch, width, depth = map(int, arch.split("-")[1:])
-            network = ViT(image_size, patch, depth, width // (32 if width % 64 else 64), width, 4 * width)
+            heads = 0 if width % 32 else width // (32 if width % 64 else 64)  # 0: refused
+            network = ViT(image_size, patch, depth, heads, width, 4 * width)
         elif arch.startswith("vit_"):
             network = torchvision.models.get_model(arch, weights=None, image_size=image_size)
             network.__class__ = ViT
@@ -133,8 +134,7 @@ def extract_features(network, images, size, *, device="cpu", workers=0, batch_si
     network.eval()
     own = torch.arange(len(images))[local_rows(len(images))]
     rows = own if len(own) else torch.zeros(1, dtype=torch.long)  # without a picture look at one, for the width
-    planned = [(Augmentation(size=size), {})]
-    features, most = [], batch_size or max(1, min(512, 2**23 // size**2))
+    features, planned, most = [], [(Augmentation(size=size), {})], batch_size or max(1, min(512, 2**23 // size**2))
     for (view,) in ahead(lambda ids: make_views(images, ids, planned, device, workers), rows.split(most)):
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
             features.append(network(view).float())

@@ -28,7 +28,7 @@ import hirl_swav
 
 # All sizes differ, so that a transposed or swapped dimension cannot go unnoticed.
 B, L, D, M, N, Q = 5, 3, 7, 9, 23, 13  # batch, levels, embedding, negative paths, images, queue
-K = (11, 6, 4)  # clusters a level, level 0 the finest
+K = (11, 6, 4)  # clusters per level, level 0 the finest
 EXACT = dict(rtol=1e-9, atol=1e-9)  # float64 against the loops
 SINGLE = dict(rtol=1e-5, atol=1e-6)  # float32 against the same
 

@@ -9,7 +9,7 @@ lightly takes part where it is installed (a folder of its own in PYTHONPATH will
     lightly      its loss, memory bank, data set and transform, as in its MoCo example, and a DataLoader
     bare step    the first two's step on one fixed batch, without any work on pictures
 An epoch of each in turn, from asking for the first batch to the end of the last step. Pictures that fit are read once a
-run here (the seconds are shown), once an epoch by the others; processes start once. Ratios: medians over the rounds.
+run here (the seconds are shown), once per epoch by the others; processes start once. Ratios: medians over the rounds.
 Then views of 224 px from files of 500 x 375 px by one thread, here and by the recipe of MoCo v2's release.
 """
 

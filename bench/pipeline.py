@@ -38,14 +38,14 @@ def clock(function, device):
 
 
 def stretch(batches, step, steps, device):
-    """Seconds a step; the first is not counted: it waits for the pipeline, which then works ahead."""
+    """Seconds per step; the first is not counted: it waits for the pipeline, which then works ahead."""
     source = iter(batches())
     step(next(source))
     return clock(lambda: [step(next(source)) for _ in range(steps)], device)[0] / steps
 
 
 def alternate(kinds, rounds, steps, device):
-    """{name: seconds a step in each round} of {name: (() -> iterable of batches, step)}; a round warms up."""
+    """{name: seconds per step in each round} of {name: (() -> iterable of batches, step)}; a round warms up."""
     seconds = {name: [] for name in kinds}
     for turn in range(rounds + 1):
         for name, (batches, step) in kinds.items():

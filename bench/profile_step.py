@@ -1,4 +1,4 @@
-"""Where a training step's milliseconds go: a script's own loop on textures, its parts timed, one column a script.
+"""Where a training step's milliseconds go: a script's own loop on textures, its parts timed, one column per script.
 
     python bench/profile_step.py                             # on the CPU, under two minutes
     python bench/profile_step.py hcsc --arguments --clusters 0
@@ -48,7 +48,7 @@ PARTS = {  # row: functions, of the script where no module is named; an encoder 
 
 
 class Clock:
-    """Seconds of each part, without those of the parts it calls; a list a part, one entry a step."""
+    """Seconds of each part, without those of the parts it calls; a list per part, one entry per step."""
 
     def __init__(self):
         self.steps, self.running = [], ["rest"]
@@ -101,7 +101,7 @@ def functions(script):
 
 
 def profile(name, steps, arguments):
-    """{part: median seconds a step} of a script, which is run as always and stopped after some steps."""
+    """{part: median seconds per step} of a script, which is run as always and stopped after some steps."""
     clock, script = Clock(), importlib.import_module(name)
 
     def around(function, part):
@@ -132,7 +132,7 @@ def main():
     p.add_argument("--arguments", nargs=argparse.REMAINDER, default=[], help="all that follows goes to the scripts")
     args = p.parse_args()
     print(f"{time.strftime('%Y-%m-%d')}  python {' '.join(sys.argv)}\ntorch {torch.__version__}, "
-          f"{torch.get_num_threads()} threads, {cpu_name()}; textures, ms a step, median of {args.steps}", flush=True)
+          f"{torch.get_num_threads()} threads, {cpu_name()}; textures, ms per step, median of {args.steps}", flush=True)
     found = {}
     for name in args.scripts:
         found[name] = profile(name, args.steps, args.arguments)

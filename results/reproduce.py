@@ -102,7 +102,8 @@ validation 3 hirl_moco.py --clusters 810 270 27 --warmup-epochs 42
 validation 3 hcsc.py --clusters 81 54 27 --warmup-epochs 42
 
 validation 3 hirl_simsiam.py --clusters 0
-validation 3 hirl_simsiam.py
+validation 3 hirl_simsiam.py --path-weight 1
+validation 3 hirl_simsiam.py --path-weight 1 --warmup-epochs 45
 validation 3 hirl_simsiam.py --path-weight 0.3
 validation 3 hirl_simsiam.py --path-weight 0.1
 
@@ -118,6 +119,7 @@ bases 3 csml.py --level-weights 0 0 0.5 1
 
 bases 3 hirl_simsiam.py --clusters 0
 bases 3 hirl_simsiam.py
+bases 3 hirl_simsiam.py --path-weight 1
 
 bases 3 hirl_mocov3.py --clusters 0
 bases 3 hirl_mocov3.py
@@ -140,6 +142,7 @@ cifar100-12 3 hcsc.py
 
 health 1 hirl_simsiam.py --clusters 0
 health 1 hirl_simsiam.py
+health 1 hirl_simsiam.py --path-weight 1
 
 health 1 hirl_mocov3.py --clusters 0
 health 1 hirl_mocov3.py
@@ -189,7 +192,7 @@ TABLES = {  # a study or two and the columns, heading: measure; the rows, where 
 }
 PICTURE = ("textures", {"hirl_moco.py --clusters 0": "#777777", "hirl_moco.py --clusters 810 270 27": "#0072b2",
                         "hcsc.py --clusters 810 270 27": "#d55e00"},
-           {"9 kinds": 1, "27 leaves": 2})  # a study, the colours of its lines, a panel a label depth
+           {"9 kinds": 1, "27 leaves": 2})  # a study, the colours of its lines, a panel per label depth
 FILES = {  # in reading order
     "hirl_moco.py": "MoCo v2 + HIRL, the method from arguments to last line: read it first",
     "common.py": "data and views, k-means and hierarchy, hierarchy losses, kNN and neighbours",

@@ -15,7 +15,7 @@ class Log(NamedTuple):
 
     run: dict  # run.json: arguments, code, seconds, cpu_seconds
     rows: list  # of log.jsonl, an epoch each; row 0 precedes training
-    results: dict  # of eval.json, a list of rows a protocol
+    results: dict  # of eval.json, a list of rows per protocol
 
     def measure(self, what):
         """A number by the name that the list of tables gives it; None where it was not evaluated."""

@@ -662,7 +662,8 @@ def test_vit_is_torchvisions():
     assert shapes == {name: p.shape for name, p in expected.items() if not name.startswith("heads")} and width == 768
 
 
-@pytest.mark.parametrize("arch", ("vit-5-96-4", "vit-8-96", "vit-8-x-4", "vit-8-16-4", "vit_q_16", "vit-0-32-1"))
+@pytest.mark.parametrize("arch", (
+    "vit-5-96-4", "vit-8-96", "vit-8-x-4", "vit-8-16-4", "vit-8-48-4", "vit-8-50-4", "vit_q_16", "vit-0-32-1"))
 def test_no_such_vit(arch):
     with pytest.raises(common.Stop, match="is no network"):
         networks.backbone(arch, "3x3", 32)

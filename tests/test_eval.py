@@ -613,7 +613,7 @@ def test_the_first_picture_is_held_out_even_if_it_is_damaged(tmp_path):
 def test_finetuning_needs_two_pictures_a_step(run, monkeypatch, capsys, tmp_path):
     code, _, errors = evaluate(monkeypatch, capsys, "--run", run, "--protocol", "finetune", "--batch-size", 1,
                                "--out", tmp_path / "e.json")
-    assert code == 2 and "two pictures a step" in errors and errors.count("\n") == 1
+    assert code == 2 and "two pictures per step" in errors and errors.count("\n") == 1
 
 
 def test_a_damaged_file_is_refused(run, monkeypatch, capsys, tmp_path):
