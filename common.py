@@ -462,12 +462,12 @@ def render_view(images, draws, augmentation):
     if images.device.type == "cpu" and len(images) > most:  # 4 MB at a time, which caches hold
         parts = zip(images.split(most), *(v.split(most) for v in draws.values()))
         return torch.cat([render_view(part, dict(zip(draws, own)), augmentation) for part, *own in parts])
-    d = {key: v.to(images.device, non_blocking=True) for key, v in draws.items()}
+    d = {key: v.to(images.device, non_blocking=True) for key, v in draws.items() if key != "crop"}
     if "shuffle" in d:  # of all planes, the three of the first image, of the second, ...
         planes = 3 * torch.arange(len(images), device=images.device)[:, None] + d["shuffle"]
         images = images.flatten(0, 1).index_select(0, planes.flatten()).view_as(images)
     x = images.float().div_(255)
-    if "crop" in d or x.shape[2:] != (size, size):
+    if "crop" in draws or x.shape[2:] != (size, size):
         boxes = crop_boxes(draws.get("crop"), *images.shape[2:], augmentation).expand(len(x), 4)
         x = resized_crop(x, boxes.to(x.device, non_blocking=True), size)
     if "flip" in d:

@@ -360,7 +360,7 @@ def main(args):
             optimizer.step()
 
             # ---- [shared: moco] queue
-            model.enqueue(ranks.all_gather_rows(k))
+            model.enqueue(ranks.all_gather_rows(k, equal=True))
 
             # ---- [method] log
             run.end_step(epoch, step, {**losses, **watched}, table)

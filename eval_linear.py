@@ -358,7 +358,7 @@ def softmax_regression(batches, steps, x, y, classes, lrs, *, epochs, schedule, 
     for epoch in range(epochs):
         for step, (rows, target) in enumerate(batches(epoch)):
             error = (rows @ weight).softmax(dim=2)  # (R, B, C)
-            error[:, torch.arange(len(rows)), target] -= 1
+            error[:, torch.arange(len(rows), device=rows.device), target] -= 1
             gradient = rows.T @ error / len(rows) + weight_decay * weight  # (R, F+1, C)
             velocity = 0.9 * velocity + gradient
             weight -= peak * decay((epoch + step / steps) / epochs, schedule) * velocity

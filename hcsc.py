@@ -320,7 +320,7 @@ def main(args):
             optimizer.step()
 
             # ---- [shared: moco] queue
-            model.enqueue(ranks.all_gather_rows(k))
+            model.enqueue(ranks.all_gather_rows(k, equal=True))
 
             # ---- [shared: tree] log
             run.end_step(epoch, step, {**losses, **watched}, hierarchy)

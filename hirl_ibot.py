@@ -287,7 +287,7 @@ def balancing_center(teacher, temperature, iterations=3):
     center = logits.new_zeros(logits.shape[1])
     for _ in range(iterations):
         mass = F.log_softmax(logits - center, dim=1).logsumexp(dim=0, keepdim=True)  # (1, P), -inf of no rows
-        center = center + ranks.all_gather_rows(mass).logsumexp(dim=0).nan_to_num(neginf=0.0)  # (P,)
+        center = center + ranks.all_gather_rows(mass, equal=True).logsumexp(dim=0).nan_to_num(neginf=0.0)  # (P,)
     return center * temperature
 
 
@@ -421,9 +421,9 @@ def main(args):
             # ---- [shared: hirl] path loss
             if hierarchy:
                 z = F.normalize(torch.stack([head(raw) for head in model.heads], dim=1), dim=2)  # (B, L, D)
-                leaves = torch.randint(len(hierarchy.prototypes[0]), (batch_size, args.negative_paths),
-                                       generator=ranks.random_state(*place, "negative paths"))
-                leaves = leaves[ranks.local_rows(batch_size)].to(device, non_blocking=True)  # (B, M) paths, by leaf
+                leaves = torch.randint(len(hierarchy.prototypes[0]), (batch_size, args.negative_paths), device=device,
+                                       generator=ranks.random_state(*place, "negative paths", device=device))
+                leaves = leaves[ranks.local_rows(batch_size)]  # (B, M) paths, by leaf
                 losses["path"] = args.path_weight * common.semantic_path_loss(z, hierarchy, index, leaves)
 
             # ---- [shared] step

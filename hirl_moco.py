@@ -225,9 +225,9 @@ def main(args):
             # ---- [shared: hirl] path loss
             if hierarchy:
                 z = F.normalize(torch.stack([head(raw) for head in model.heads], dim=1), dim=2)  # (B, L, D)
-                leaves = torch.randint(len(hierarchy.prototypes[0]), (batch_size, args.negative_paths),
-                                       generator=ranks.random_state(*place, "negative paths"))
-                leaves = leaves[ranks.local_rows(batch_size)].to(device, non_blocking=True)  # (B, M) paths, by leaf
+                leaves = torch.randint(len(hierarchy.prototypes[0]), (batch_size, args.negative_paths), device=device,
+                                       generator=ranks.random_state(*place, "negative paths", device=device))
+                leaves = leaves[ranks.local_rows(batch_size)]  # (B, M) paths, by leaf
                 losses["path"] = args.path_weight * common.semantic_path_loss(z, hierarchy, index, leaves)
 
             # ---- [shared] step
@@ -237,7 +237,7 @@ def main(args):
             optimizer.step()
 
             # ---- [shared: moco] queue
-            model.enqueue(ranks.all_gather_rows(k))
+            model.enqueue(ranks.all_gather_rows(k, equal=True))
 
             # ---- [shared: tree] log
             run.end_step(epoch, step, {**losses, **watched}, hierarchy)

@@ -164,7 +164,7 @@ class SwAV(nn.Module):
     @torch.no_grad()
     def in_use(self, scores, now, steps):
         """How many prototypes were the nearest of a global crop, of any process, in the last `steps` steps."""
-        self.chosen.index_fill_(0, ranks.all_gather_rows(scores.argmax(dim=2).T).flatten(), now)
+        self.chosen.index_fill_(0, ranks.all_gather_rows(scores.argmax(dim=2).T, equal=True).flatten(), now)
         return (self.chosen > now - steps).sum().float()
 
     @torch.no_grad()
@@ -332,9 +332,9 @@ def main(args):
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 raw_crops = encode_crops(backbone, projector, crops).float()  # (C, b, D)
             raw, embeddings = raw_crops[0], F.normalize(raw_crops, dim=2)
-            whole_batch = ranks.all_gather_rows(embeddings[:2].detach().transpose(0, 1))  # (B, 2, D), global crops
+            whole_batch = ranks.all_gather_rows(embeddings[:2].detach().transpose(0, 1), equal=True)  # (B, 2, D)
             if hierarchy and not args.no_reassign:
-                reassign(hierarchy, ranks.all_gather_rows(index), whole_batch[:, 1])
+                reassign(hierarchy, ranks.all_gather_rows(index, equal=True), whole_batch[:, 1])
 
             # ---- [method] base loss: the queue is that of before this step
             now = epoch * steps_per_epoch + step
@@ -348,9 +348,9 @@ def main(args):
             # ---- [shared: hirl] path loss
             if hierarchy:
                 z = F.normalize(torch.stack([head(raw) for head in model.heads], dim=1), dim=2)  # (B, L, D)
-                leaves = torch.randint(len(hierarchy.prototypes[0]), (batch_size, args.negative_paths),
-                                       generator=ranks.random_state(*place, "negative paths"))
-                leaves = leaves[ranks.local_rows(batch_size)].to(device, non_blocking=True)  # (B, M) paths, by leaf
+                leaves = torch.randint(len(hierarchy.prototypes[0]), (batch_size, args.negative_paths), device=device,
+                                       generator=ranks.random_state(*place, "negative paths", device=device))
+                leaves = leaves[ranks.local_rows(batch_size)]  # (B, M) paths, by leaf
                 losses["path"] = args.path_weight * common.semantic_path_loss(z, hierarchy, index, leaves)
 
             # ---- [shared] step

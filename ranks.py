@@ -138,5 +138,5 @@ def make_keys(encode, view, bn, generator):
         return encode(view)
     everyone = all_gather_rows(view, equal=True)  # (B, 3, S, S) of all processes
     order, mine = torch.randperm(len(everyone), generator=generator), local_rows(len(everyone))
-    shuffled = all_gather_rows(encode(everyone[order[mine]]), equal=True)  # (B, D)
-    return shuffled[order.argsort()[mine].to(shuffled.device)]
+    there, back = (ids[mine].to(view.device, non_blocking=True) for ids in (order, order.argsort()))
+    return all_gather_rows(encode(everyone[there]), equal=True)[back]  # (B, D) of all, then (b, D)

@@ -40,7 +40,7 @@ def clock(function, device):
 def stretch(batches, step, steps, device):
     """Seconds per step; the first is not counted: it waits for the pipeline, which then works ahead."""
     source = iter(batches())
-    step(next(source))
+    clock(lambda: step(next(source)), device)
     return clock(lambda: [step(next(source)) for _ in range(steps)], device)[0] / steps
 
 
@@ -84,8 +84,8 @@ def main():
         loss = hirl_moco.info_nce(F.normalize(raw_q, dim=1), k, model.queue, 0.2)
         if hierarchy:
             z = F.normalize(torch.stack([head(raw_q) for head in model.heads], dim=1), dim=2)
-            leaves = torch.randint(clusters[0], (len(raw_q), preset["negative_paths"]))
-            loss = loss + common.semantic_path_loss(z, hierarchy, index, leaves.to(device))
+            leaves = torch.randint(clusters[0], (len(raw_q), preset["negative_paths"]), device=device)
+            loss = loss + common.semantic_path_loss(z, hierarchy, index, leaves)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -59,6 +59,8 @@ STUDIES = {  # arguments of all runs of a study; those of their evaluation (None
     "health": ("--data {cifar100} --preset textures --epochs 12 --eval-every 4", None),  # does a base collapse?
     "gpu": ("--data {cifar100} --device cuda --amp --compile --eval-every 10",
             "--protocol linear knn hierarchy --lr 0.3 --clusters 100 20"),
+    "gpu-30": ("--data {cifar100} --device cuda --amp --compile --epochs 30 --eval-every 3",
+               "--protocol linear knn hierarchy --lr 0.3 --epochs 30 --clusters 100 20"),
 }
 # study, seeds, script and its own arguments; the first line of a group is the plain method, the others' comparison
 RUNS = """
@@ -156,6 +158,10 @@ health 1 hirl_ibot.py
 gpu 1 hirl_moco.py --clusters 0
 gpu 1 hirl_moco.py
 gpu 1 hcsc.py
+
+gpu-30 1 hirl_moco.py --clusters 0
+gpu-30 1 hirl_moco.py
+gpu-30 1 hcsc.py
 """
 
 # ---- what is shown, between <!-- table: NAME --> and <!-- end --> of the two READMEs
@@ -374,7 +380,7 @@ def perform(run, args):
         if evaluation:
             (folder / "eval.json").unlink(missing_ok=True)
             execute(["eval_linear.py", "--run", out, *evaluation.split()], folder.with_name(folder.name + "-eval"))
-        if run.study != "gpu":
+        if not run.study.startswith("gpu"):
             add_figures(run)
     except subprocess.CalledProcessError as error:
         print(f"{run.id}: ended with code {error.returncode}, the last lines of {out}*.out say why", flush=True)
@@ -495,7 +501,7 @@ def main():
         if args.compare:
             with ThreadPoolExecutor(args.jobs) as pool:
                 first = {(run.study, run.command): run for run, log in chosen
-                         if log and age(run, log) and run.study != "gpu"}
+                         if log and age(run, log) and not run.study.startswith("gpu")}
                 list(pool.map(add_figures, first.values()))
         well = args.tables or args.compare or perform_all(missing, args)
         write()
