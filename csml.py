@@ -14,7 +14,7 @@
 CPU demo, under 3 minutes   python csml.py
 the same, plain MoCo v2     python csml.py --neighbours 0 --out runs/csml-plain
 several layers              python csml.py --level-weights 0 0 0.5 1 --out runs/csml-layers
-one GPU                     python csml.py --data cifar100 --amp --compile
+one GPU                     python csml.py --data cifar100 --amp
 paper scale, 8 GPUs         torchrun --nproc-per-node=8 csml.py --data /imagenet --amp
 
 Symbols  q, n, m queries; k, k_n keys (B, D)    queue u (Q, D)    S stages in use, the last one alone as released

@@ -18,7 +18,7 @@
 CPU demo, under 3 minutes   python hcsc.py
 as the authors' code        python hcsc.py --release --out runs/hcsc-release
 the same without hierarchy  python hcsc.py --clusters 0 --out runs/hcsc-plain
-one GPU                     python hcsc.py --data cifar100 --amp --compile
+one GPU                     python hcsc.py --data cifar100 --amp
 paper scale, 8 GPUs         torchrun --nproc-per-node=8 hcsc.py --data /imagenet --amp --multi-crop
 
 Symbols  q, k query and key (B, D)     queue u (Q, D)       L levels, 0 the finest      K_l = --clusters

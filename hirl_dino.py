@@ -17,7 +17,7 @@
 
 CPU demo, under 3 minutes   python hirl_dino.py
 the same without hierarchy  python hirl_dino.py --clusters 0 --out runs/dino
-one GPU                     python hirl_dino.py --data cifar100 --amp --compile
+one GPU                     python hirl_dino.py --data cifar100 --amp
 paper scale, 8 GPUs         torchrun --nproc-per-node=8 hirl_dino.py --data /imagenet --amp
 
 Symbols  V crops, global ones first; s, t logits of student (V, B, P) and teacher (2, B, P); c centre; T temperature
@@ -192,7 +192,7 @@ class DINO(nn.Module):
         """
         p = p.flatten(0, -2)
         mean = ranks.all_reduce_sum(p.mean(dim=0)) / ranks.processes()  # (P,)
-        self.chosen[ranks.all_gather_rows(p.argmax(dim=1), equal=True)] = now
+        self.chosen.index_fill_(0, ranks.all_gather_rows(p.argmax(dim=1), equal=True), now)
         return {"entropy": torch.special.entr(p).sum(dim=1).mean(), "entropy_of_mean": torch.special.entr(mean).sum(),
                 "prototypes_in_use": (self.chosen > now - steps).sum().float()}
 

@@ -18,7 +18,7 @@
 
 CPU demo, under 3 minutes   python hirl_ibot.py
 the same without hierarchy  python hirl_ibot.py --clusters 0 --out runs/ibot
-one GPU                     python hirl_ibot.py --data cifar100 --amp --compile
+one GPU                     python hirl_ibot.py --data cifar100 --amp
 paper scale, 8 GPUs         torchrun --nproc-per-node=8 hirl_ibot.py --data /imagenet --amp
 
 Changes relative to hirl_dino.py (whose symbols and log these are): always a ViT; masks for the student, a learnt
@@ -186,7 +186,7 @@ class DINO(nn.Module):
         """
         p = p.flatten(0, -2)
         mean = ranks.all_reduce_sum(p.mean(dim=0)) / ranks.processes()  # (P,)
-        self.chosen[ranks.all_gather_rows(p.argmax(dim=1), equal=True)] = now
+        self.chosen.index_fill_(0, ranks.all_gather_rows(p.argmax(dim=1), equal=True), now)
         return {"entropy": torch.special.entr(p).sum(dim=1).mean(), "entropy_of_mean": torch.special.entr(mean).sum(),
                 "prototypes_in_use": (self.chosen > now - steps).sum().float()}
 

@@ -15,7 +15,7 @@
 
 CPU demo, under 3 minutes   python hirl_moco.py
 the same without hierarchy  python hirl_moco.py --clusters 0 --out runs/moco
-one GPU                     python hirl_moco.py --data cifar100 --amp --compile
+one GPU                     python hirl_moco.py --data cifar100 --amp
 paper scale, 8 GPUs         torchrun --nproc-per-node=8 hirl_moco.py --data /imagenet --amp
 
 Symbols  q, k query and key (B, D)     queue u (Q, D)       L levels, 0 the finest      K_l = --clusters

@@ -15,7 +15,7 @@
 
 CPU demo, under 3 minutes   python hirl_mocov3.py
 the same without hierarchy  python hirl_mocov3.py --clusters 0 --out runs/mocov3
-one GPU                     python hirl_mocov3.py --data cifar100 --amp --compile
+one GPU                     python hirl_mocov3.py --data cifar100 --amp
 paper scale, ViT-B/16       torchrun --nproc-per-node=8 hirl_mocov3.py --data /imagenet --amp
 MoCo v3's ResNet-50         ... --arch resnet50 --projector-layers 2 --optimizer lars --base-lr 0.3 --weight-decay 1e-6
                             --temperature 1 --epochs 300 --lr-warmup 0.033 (its crops: from 0.2 of a picture on)

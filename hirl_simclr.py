@@ -18,7 +18,7 @@ This project's own composition: HIRL (2205.13159) was published on MoCo v2, SwAV
 
 CPU demo, under 3 minutes   python hirl_simclr.py
 the same without hierarchy  python hirl_simclr.py --clusters 0 --out runs/simclr
-one GPU                     python hirl_simclr.py --data cifar100 --amp --compile
+one GPU                     python hirl_simclr.py --data cifar100 --amp
 paper scale, 8 GPUs         torchrun --nproc-per-node=8 hirl_simclr.py --data /imagenet --amp
 
 Symbols  z1, z2 both views' embeddings (B, D)            L levels, 0 the finest      K_l = --clusters

@@ -16,7 +16,7 @@
 
 CPU demo, under 3 minutes   python hirl_simsiam.py
 the same without hierarchy  python hirl_simsiam.py --clusters 0 --out runs/simsiam
-one GPU                     python hirl_simsiam.py --data cifar100 --amp --compile
+one GPU                     python hirl_simsiam.py --data cifar100 --amp
 paper scale, 8 GPUs         torchrun --nproc-per-node=8 hirl_simsiam.py --data /imagenet --amp
 
 Symbols  p, z predictions, projections (V, B, D), V = 2 views   L levels, 0 the finest   K_l = --clusters
@@ -155,7 +155,7 @@ def simsiam_loss(p, z):
     """
     p, z = F.normalize(p, dim=2), F.normalize(z.detach(), dim=2)  # no gradient to z
     cosine = torch.einsum("ind, jnd -> ij", p, z) / p.shape[1]  # (V, V), means over the batch
-    return -(cosine.sum() - cosine.trace()) / (len(p) * (len(p) - 1))  # SimSiam Eq. 4
+    return -(cosine.sum() - cosine.diagonal().sum()) / (len(p) * (len(p) - 1))  # SimSiam Eq. 4
 
 
 def main(args):

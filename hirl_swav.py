@@ -18,7 +18,7 @@
 
 CPU demo, under 3 minutes   python hirl_swav.py
 the same without hierarchy  python hirl_swav.py --clusters 0 --out runs/swav
-one GPU                     python hirl_swav.py --data cifar100 --amp --compile
+one GPU                     python hirl_swav.py --data cifar100 --amp
 paper scale, 8 GPUs         torchrun --nproc-per-node=8 hirl_swav.py --data /imagenet --amp
 
 Symbols  C = 2 + V crops     b of the B images on this process     e embeddings (C, b, D), unit rows

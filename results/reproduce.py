@@ -193,6 +193,9 @@ TABLES = {  # a study or two and the columns, heading: measure; the rows, where 
     "health": ("health", {**CIFAR, "spread of embeddings (1: all ways)": "last feature_std", "entropy of targets":
                           "last entropy", "of their mean": "last entropy_of_mean", "outputs in use":
                           "last prototypes_in_use"}),
+    "gpu-30": ("gpu-30", {**CIFAR, "linear, 100 classes": "linear", "rank correlation": "rank",
+                          "100 classes by kNN, beside the plain method": "difference knn 1", "by the linear probe":
+                          "difference linear", "minutes": "minutes"}),
     "gpu": ("gpu", {**CIFAR, "linear, 100 classes": "linear", "100 classes by kNN, beside the plain method":
                     "difference knn 1", "minutes": "minutes"}),
 }
