@@ -141,6 +141,7 @@ cifar100 3 csml.py
 cifar100-12 3 hirl_moco.py --clusters 0
 cifar100-12 3 hirl_moco.py
 cifar100-12 3 hcsc.py
+cifar100-12 1 hcsc.py --prototype-weight 0
 
 health 1 hirl_simsiam.py --clusters 0
 health 1 hirl_simsiam.py
