@@ -155,7 +155,7 @@ def simsiam_loss(p, z):
     """
     p, z = F.normalize(p, dim=2), F.normalize(z.detach(), dim=2)  # no gradient to z
     cosine = torch.einsum("ind, jnd -> ij", p, z) / p.shape[1]  # (V, V), means over the batch
-    return -(cosine.sum() - cosine.diagonal().sum()) / (len(p) * (len(p) - 1))  # SimSiam Eq. 4
+    return -(cosine.sum() - cosine.diagonal().sum()) / (len(p) * (len(p) - 1))  # Eq. 4; trace() would wait for a GPU
 
 
 def main(args):
