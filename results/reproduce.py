@@ -56,6 +56,8 @@ STUDIES = {  # arguments of all runs of a study; those of their evaluation (None
     "cifar100-12": ("--data {cifar100} --preset cifar --arch tiny --stem 3x3s2 --batch-size 64 --base-lr 0.48 "
                     "--ema-momentum 0.99 --epochs 12 --warmup-epochs 3 --eval-every 3",
                     "--protocol linear knn hierarchy --lr 0.3 --epochs 30 --clusters 100 20"),
+    "cifar100-validation": ("--data {cifar100} --preset cifar --arch tiny --stem 3x3s2 --batch-size 64 --base-lr 0.48 "
+                            "--ema-momentum 0.99 --epochs 12 --warmup-epochs 3 --eval-every 3 --validation", None),
     "health": ("--data {cifar100} --preset textures --epochs 12 --eval-every 4", None),  # does a base collapse?
     "gpu": ("--data {cifar100} --device cuda --amp --compile --eval-every 10",
             "--protocol linear knn hierarchy --lr 0.3 --clusters 100 20"),
@@ -86,22 +88,21 @@ textures 5 hirl_moco.py --clusters 810 270 27 9 3
 
 validation 3 hirl_moco.py --clusters 0
 validation 3 hirl_moco.py --clusters 810 270 27
-validation 3 hcsc.py --clusters 810 270 27
-validation 3 hcsc.py --clusters 81 54 27
-validation 3 hcsc.py --clusters 81 54 27 --prototype-weight 0.2
+validation 3 hcsc.py --clusters 810 270 27 --prototype-weight 1
+validation 3 hcsc.py --clusters 810 270 27 --prototype-weight 0.3
+validation 3 hcsc.py --clusters 810 270 27 --prototype-weight 0.1
+validation 3 hcsc.py --clusters 810 270 27 --prototype-weight 0
+validation 3 hcsc.py --clusters 81 54 27 --prototype-weight 1
+validation 3 hcsc.py --clusters 81 54 27 --prototype-weight 0.1
 validation 3 hcsc.py --clusters 81 54 27 --prototype-weight 0
-validation 3 hcsc.py --clusters 81 54 27 --no-instance-selection
 validation 3 hirl_moco.py --clusters 405 135 14
 validation 3 hirl_moco.py --clusters 270 90 9
 validation 3 hirl_moco.py --clusters 1620 540 54
-validation 3 hcsc.py --clusters 40 27 14
-validation 3 hcsc.py --clusters 27 18 9
-validation 3 hcsc.py --clusters 162 108 54
 validation 3 hirl_moco.py --clusters 810 270 27 --path-weight 0.3
 validation 3 hirl_moco.py --clusters 810 270 27 --path-weight 3
 validation 3 hirl_moco.py --clusters 810 270 27 --warmup-epochs 6
 validation 3 hirl_moco.py --clusters 810 270 27 --warmup-epochs 42
-validation 3 hcsc.py --clusters 81 54 27 --warmup-epochs 42
+validation 3 hcsc.py --clusters 81 54 27 --prototype-weight 1 --warmup-epochs 42
 
 validation 3 hirl_simsiam.py --clusters 0
 validation 3 hirl_simsiam.py --path-weight 1
@@ -142,6 +143,12 @@ cifar100-12 3 hirl_moco.py --clusters 0
 cifar100-12 3 hirl_moco.py
 cifar100-12 3 hcsc.py
 cifar100-12 1 hcsc.py --prototype-weight 0
+
+cifar100-validation 3 hirl_moco.py --clusters 0
+cifar100-validation 3 hcsc.py --prototype-weight 1
+cifar100-validation 3 hcsc.py --prototype-weight 0.3
+cifar100-validation 3 hcsc.py --prototype-weight 0.1
+cifar100-validation 3 hcsc.py --prototype-weight 0
 
 health 1 hirl_simsiam.py --clusters 0
 health 1 hirl_simsiam.py
