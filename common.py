@@ -842,7 +842,7 @@ def hcsc_prototype_loss(q, hierarchy, index, masks, *, unselected="remove", excl
         kept = logits.masked_fill(mask == 0, rest)
         if batch:
             absent = torch.arange(len(prototypes), device=q.device) >= assign.max()  # off by one: never the last
-            absent[own] = True
+            absent.index_fill_(0, own[:, 0], True)
             kept = kept.masked_fill(absent, -torch.inf)
         pos = logits.gather(1, own)  # (B, 1)
         losses.append((kept.scatter(1, own, pos).logsumexp(dim=1) - pos[:, 0]).mean())

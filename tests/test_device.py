@@ -44,12 +44,14 @@ class WatchCalls(TorchFunctionMode):
     """Raises Waits where Python numbers become a tensor of the device."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        kwargs, indices = kwargs or {}, ()
         to_device = torch.device(kwargs.get("device") or "cpu") == DEVICE
+        if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and args[0].device == DEVICE:
+            indices = args[1] if isinstance(args[1], tuple) else (args[1],)
         if (function is torch.Tensor.new_tensor and args[0].device == DEVICE and holds_numbers(args[1])
                 or function in (torch.tensor, torch.as_tensor) and to_device and holds_numbers(args[0])
-                or function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and args[0].device == DEVICE
-                and any(isinstance(i, list) for i in (args[1] if isinstance(args[1], tuple) else (args[1],)))):
+                or any(isinstance(i, list) for i in indices)
+                or any(torch.is_tensor(i) for i in indices) and isinstance(args[-1], int | float)):
             raise Waits("Python numbers become a tensor of the device, which waits: make it on the CPU and copy it")
         return function(*args, **kwargs)
 
@@ -71,6 +73,8 @@ class WatchOperations(TorchDispatchMode):
             raise Waits(f"{name}: a number, or a shape, that only the device knows")
         elif mine and name in INDEXING and any(i is not None and i.dtype == torch.bool for i in args[1]):
             raise Waits(f"{name}: by a mask, whose count only the device knows")
+        elif mine and name in ("index_fill", "index_fill_") and torch.is_tensor(args[-1]):
+            raise Waits(f"{name}: with a number that only the device knows, as in the gradient of torch.trace")
         elif mine and any(x.device != DEVICE and x.ndim for x in inputs):
             raise Waits(f"{name}: tensors of two devices")
         return operation(*args, **kwargs)
@@ -189,6 +193,8 @@ WAITING = {
     "nonzero": lambda x: x.nonzero(),
     "assignment by mask": lambda x: x.__setitem__(x > 0, on_device(3)),
     "list index": lambda x: x[[1, 0]],
+    "assignment of a number": lambda x: x.__setitem__(on_device(2).long(), 1.0),
+    "gradient of a trace": lambda x: x.requires_grad_().trace().backward(),
     "new_tensor": lambda x: x.new_tensor([1.0, 2.0]),
     "tensor": lambda x: torch.tensor([[1.0, 2.0]], device=x.device),
     "CPU index": lambda x: x[torch.tensor([1, 0])],
