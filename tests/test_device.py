@@ -10,6 +10,7 @@ import importlib
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import SCRIPTS
 from PIL import Image
 from torch.overrides import TorchFunctionMode
@@ -154,6 +155,21 @@ def test_no_step_waits_for_its_device(case, monkeypatch, tmp_path):
     argv = ["--data", "textures", "--batch-size", "8", "--warmup-epochs", "0", "--clusters", *map(str, CLUSTERS)]
     script, *more = case.split()
     train_on_stand_in(script, argv + more, monkeypatch)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_step_of_two_processes_waits(script, monkeypatch, tmp_path):
+    """The first of two ranks; what goes between ranks is only queued, as NCCL does."""
+    monkeypatch.chdir(tmp_path)
+    exchanged = []
+    for name, value in [("is_initialized", lambda: True), ("get_world_size", lambda: 2), ("get_rank", lambda: 0),
+                        ("all_reduce", exchanged.append), ("all_gather", lambda parts, x: exchanged.append(x))]:
+        monkeypatch.setattr(dist, name, value)
+    method = importlib.import_module(script)
+    shuffled = ["--bn", "shuffle"] if "bn" in vars(method.parse_args([])) else []
+    train_on_stand_in(script, ["--data", "textures", "--batch-size", "8", "--warmup-epochs", "0", "--clusters",
+                               *map(str, CLUSTERS), *shuffled], monkeypatch)
+    assert len(exchanged) > STEPS
 
 
 @pytest.mark.parametrize("cropped", [False, True], ids=["whole pictures", "crops of threads"])
