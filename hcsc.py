@@ -29,12 +29,11 @@ Changes relative to hirl_moco.py: no level heads, no paths; the tree chooses neg
 
 Differs from paper or released code
   --release     the released code differs from the paper in H1 to H6: see class Reading
-  small crops   (--multi-crop) as released: losses are summed over crops; one draw of instances serves all crops, of
-                prototypes each has its own. Small crops select no instances, as in the released training script, which
-                never reads its configuration's selection_on_local: 1. --local-selection turns this on
+  small crops   (--multi-crop) as released: losses are summed over crops, which share a draw of instances and have one
+                each of prototypes. They select no instances: the release never reads its setting selection_on_local
   prototype     as released: an image's own are its k-means cluster and that one's ancestors, not the most similar at
                 each level; phi above level 0 is taken over child prototypes, not images; clip and scale are PCL's
-  lr, presets   cosine per step (release: per epoch); below ImageNet as in hirl_moco.py: 3, 2, 1 hurts (README)
+  lr, presets   cosine per step (release: per epoch); below ImageNet finer trees, --prototype-weight below 1 (README)
 
 In the log  without a tree moco; with it instance, prototype (small crops: _local), dropped_l, the share left out. In
             config.json: chance_level_loss, moco's; instance's, as in the paper: mean of ln(1 + Q (1 - dropped_l))
@@ -60,16 +59,16 @@ import ranks
 PRESETS = {
     "textures": dict(arch="tiny", stem="3x3s2", projector="mlp-bn", image_size=32, epochs=20, batch_size=64,
                      base_lr=0.6, weight_decay=5e-4, ema_momentum=0.6, queue_size=256, clusters=[810, 270, 27],
-                     warmup_epochs=8, bn="sync"),
+                     warmup_epochs=8, bn="sync", prototype_weight=0.3),
     "cifar": dict(arch="resnet18", stem="3x3", projector="mlp-bn", image_size=32, epochs=200, batch_size=512,
                   base_lr=0.06, weight_decay=5e-4, ema_momentum=0.99, queue_size=4096, clusters=[3000, 1000, 100],
-                  warmup_epochs=20, bn="sync"),
+                  warmup_epochs=20, bn="sync", prototype_weight=0.1),
     "photos": dict(arch="resnet18", stem="7x7", projector="mlp-bn", image_size=96, epochs=200, batch_size=256,
                    base_lr=0.06, weight_decay=5e-4, ema_momentum=0.99, queue_size=4096, clusters=[3000, 1000, 100],
-                   warmup_epochs=20, bn="sync"),
+                   warmup_epochs=20, bn="sync", prototype_weight=0.1),
     "imagenet": dict(arch="resnet50", stem="7x7", projector="mlp", image_size=224, epochs=200, batch_size=256,
                      base_lr=0.03, weight_decay=1e-4, ema_momentum=0.999, queue_size=16384,
-                     clusters=[3000, 2000, 1000], warmup_epochs=20, bn="shuffle"),
+                     clusters=[3000, 2000, 1000], warmup_epochs=20, bn="shuffle", prototype_weight=1.0),
 }
 
 # ---- [shared: moco] augmentation: MoCo v2's, less blur at 32 px
@@ -91,13 +90,15 @@ def parse_args(argv=None):
     add("--ema-momentum", type=plumbing.positive(float, zero=True, most=1),
         help="m: theta_k <- m theta_k + (1-m) theta_q (MoCo Eq. 2; preset)")
     add("--bn", choices=["sync", "shuffle"], help="batch norm under torchrun: over all, or MoCo's own (preset)")
-    add("--prototype-weight", type=plumbing.positive(float, zero=True), default=1.0, help="of the prototype terms")
+    add("--prototype-weight", type=plumbing.positive(float, zero=True), help="of prototype terms (--release 1; preset)")
     add("--release", action="store_true", help="the authors' code instead of the paper (H1 to H6, class Reading)")
     add("--multi-crop", action="store_true", help="four smaller crops as further queries (HCSC: 192 to 96 px)")
     add("--no-instance-selection", action="store_true", help="keep all of the queue as negatives (ablation)")
     add("--no-prototype-selection", action="store_true", help="keep all prototypes as negatives (ablation)")
     add("--local-selection", action="store_true", help="instance selection for small crops too (release: off)")
-    return plumbing.resolve_arguments(p, PRESETS, argv)
+    args = plumbing.resolve_arguments(p, PRESETS, argv)
+    args.prototype_weight = 1.0 if args.release and "--prototype-weight" not in args.argv else args.prototype_weight
+    return args
 
 
 # ---- [shared: mlp] encoder
@@ -157,7 +158,7 @@ class Reading:
     prototype_clip: tuple = (0, 1)
     # H6  Release: the parents' phi is rescaled to mean T before the selection. No effect: the tree's phi has that mean.
     rescale_phi: bool = False
-    prototype_weight: float = 1.0  # of the prototype terms: --prototype-weight, 1 in paper and release
+    prototype_weight: float = 1.0  # of the prototype terms, --prototype-weight; 1 in paper and release
 
 
 PAPER, RELEASE = Reading(), Reading("zero", torch.sum, "batch", (0, 0.999), (1e-4, 0.999), rescale_phi=True)
@@ -176,9 +177,8 @@ def select(queue, hierarchy, index, temperature, reading=PAPER):
 
 def draw(chances, batch_size, generator):
     """Bernoulli draws: L x (b, n) chances of this process's rows -> L x (b, n) bool, drawn for the whole batch."""
-    mine = ranks.local_rows(batch_size)
-    return [torch.rand(batch_size, chance.shape[1], generator=generator, device=chance.device)[mine] < chance
-            for chance in chances]
+    drawn = (torch.rand(batch_size, chance.shape[1], generator=generator, device=chance.device) for chance in chances)
+    return [u[ranks.local_rows(batch_size)] < chance for u, chance in zip(drawn, chances)]
 
 
 def dropped(instance_masks, prototype_masks):

@@ -79,11 +79,12 @@ default 1 hirl_ibot.py
 textures 5 hirl_moco.py --clusters 0
 textures 5 hirl_moco.py --clusters 810 270 27
 textures 5 hcsc.py --clusters 810 270 27
-textures 5 hcsc.py --clusters 81 54 27
+textures 5 hcsc.py --clusters 810 270 27 --prototype-weight 1
+textures 5 hcsc.py --clusters 81 54 27 --prototype-weight 1
 textures 5 hcsc.py --clusters 810 270 27 --release
 textures 5 hirl_moco.py --clusters 108 27 9
 textures 3 hcsc.py --clusters 810 270 27 --prototype-weight 0
-textures 3 hcsc.py --clusters 810 270 27 9 3
+textures 3 hcsc.py --clusters 810 270 27 9 3 --prototype-weight 1
 textures 5 hirl_moco.py --clusters 810 270 27 9 3
 
 validation 3 hirl_moco.py --clusters 0
@@ -142,6 +143,7 @@ cifar100 3 csml.py
 cifar100-12 3 hirl_moco.py --clusters 0
 cifar100-12 3 hirl_moco.py
 cifar100-12 3 hcsc.py
+cifar100-12 3 hcsc.py --prototype-weight 1
 cifar100-12 1 hcsc.py --prototype-weight 0
 
 cifar100-validation 3 hirl_moco.py --clusters 0
@@ -159,6 +161,7 @@ health 1 hirl_mocov3.py
 
 health 1 hirl_dino.py --clusters 0
 health 1 hirl_dino.py
+health 1 hirl_dino.py --clusters 0 --centering mean
 
 health 1 hirl_ibot.py --clusters 0
 health 1 hirl_ibot.py
@@ -169,7 +172,7 @@ gpu 1 hcsc.py
 
 gpu-30 1 hirl_moco.py --clusters 0
 gpu-30 1 hirl_moco.py
-gpu-30 1 hcsc.py
+gpu-30 1 hcsc.py --prototype-weight 1
 """
 
 # ---- what is shown, between <!-- table: NAME --> and <!-- end --> of the two READMEs
@@ -179,9 +182,9 @@ CIFAR = {"kNN, 20 classes": "knn 0", "100 classes": "knn 1"}
 TABLES = {  # a study or two and the columns, heading: measure; the rows, where not all
     "summary": ("textures bases", {"27 leaves by kNN, the plain method": "plain knn 2", "with": "knn 2", "difference":
                                    "difference knn 2", "difference by the linear probe": "difference linear"},
-                ["hirl_moco.py --clusters 810 270 27", "hcsc.py --clusters 810 270 27", "hcsc.py --clusters 81 54 27",
-                 "csml.py", "hirl_simclr.py", "hirl_swav.py", "hirl_simsiam.py", "hirl_mocov3.py", "hirl_dino.py",
-                 "hirl_ibot.py"]),
+                ["hirl_moco.py --clusters 810 270 27", "hcsc.py --clusters 810 270 27",
+                 "hcsc.py --clusters 81 54 27 --prototype-weight 1", "csml.py", "hirl_simclr.py", "hirl_swav.py",
+                 "hirl_simsiam.py", "hirl_mocov3.py", "hirl_dino.py", "hirl_ibot.py"]),
     "default": ("default", {**TEXTURES, "error, of before": "error", "CPU minutes": "cpu"}),
     "textures": ("textures", {**TEXTURES, "linear, 27 leaves": "linear", "27 leaves by kNN, beside the plain method":
                               "difference knn 2", "by the linear probe": "difference linear"}),
