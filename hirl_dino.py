@@ -41,7 +41,7 @@ Differs from paper (P), DINO's code (D), HIRL's release (H): number, who agrees,
   D11  P    T_t rises over a tenth of the epochs (30 of 300); D and H 50 of 400 for ViT-B
   D12       --amp or not for base and HIRL alike; H fp16 without, fp32 with hierarchy. Crops are resized bilinearly
   small     DEVIATION on textures: a centre that balances the batch (--centering sinkhorn, as in SwAV and DINOv2),
-            batch norm in the projector, SGD; in 800 steps the running mean collapses or learns little.
+            batch norm in the projector, SGD; with the running mean few outputs stay in use (results/README.md).
             cifar: a ViT that starts as torchvision's (--init-std 0)
 """
 
