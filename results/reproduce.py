@@ -103,7 +103,6 @@ validation 3 hirl_moco.py --clusters 810 270 27 --path-weight 0.3
 validation 3 hirl_moco.py --clusters 810 270 27 --path-weight 3
 validation 3 hirl_moco.py --clusters 810 270 27 --warmup-epochs 6
 validation 3 hirl_moco.py --clusters 810 270 27 --warmup-epochs 42
-validation 3 hcsc.py --clusters 81 54 27 --prototype-weight 1 --warmup-epochs 42
 
 validation 3 hirl_simsiam.py --clusters 0
 validation 3 hirl_simsiam.py --path-weight 1
