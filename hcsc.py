@@ -28,9 +28,9 @@ Symbols  q, k query and key (B, D)     queue u (Q, D)       L levels, 0 the fine
 Changes relative to hirl_moco.py: no level heads, no paths; the tree chooses negatives instead.
 
 Differs from paper or released code
-  --release     the released code differs from the paper in H1 to H6: see class Reading
+  --release     the released code differs from the paper in H1 to H6: see class Reading; its --prototype-weight is 1
   small crops   (--multi-crop) as released: losses are summed over crops, which share a draw of instances and have one
-                each of prototypes. They select no instances: the release never reads its setting selection_on_local
+                each of prototypes. They select no instances unless --local-selection: the release never reads its flag
   prototype     as released: an image's own are its k-means cluster and that one's ancestors, not the most similar at
                 each level; phi above level 0 is taken over child prototypes, not images; clip and scale are PCL's
   lr, presets   cosine per step (release: per epoch); below ImageNet finer trees, --prototype-weight below 1 (README)
