@@ -377,18 +377,18 @@ def crop_boxes(u, height, width, augmentation):
 
 
 def resize_weights(start, length, total, size):
-    """Matrices (n, size, total) that resample [start, start + length) of `total` pixels to `size`.
+    """Matrices (..., size, total) that resample [start, start + length), each (...), of `total` pixels to `size`.
 
     Bilinear with antialias: each row is a triangle around an output pixel's centre, one input pixel wide on either
     side, or one output pixel where the image shrinks; cut at the crop's edge, sum 1.
     """
-    start, length = start.view(-1, 1, 1), length.view(-1, 1, 1)
+    start, length = start[..., None, None], length[..., None, None]
     stretch = length / size  # input pixels for one output pixel
     source = torch.arange(total, device=start.device) + 0.5 - start
     target = torch.arange(size, device=start.device)[:, None] + 0.5
     weights = (1 - (source - target * stretch).abs() / stretch.clamp(min=1)).clamp(min=0)
     weights = weights * ((source > 0) & (source < length))
-    return weights / weights.sum(2, keepdim=True)
+    return weights / weights.sum(-1, keepdim=True)
 
 
 def resized_crop(images, boxes, size):
@@ -397,11 +397,10 @@ def resized_crop(images, boxes, size):
     Equals torchvision's resized_crop(..., antialias=True) on float images.
     """
     n, channels, height, width = images.shape
-    row, column, h, w = boxes.to(images.dtype).unbind(1)
-    across = resize_weights(column, w, width, size).transpose(1, 2)  # (n, W, size)
-    down = resize_weights(row, h, height, size)  # (n, size, H)
-    images = torch.bmm(images.reshape(n, channels * height, width), across)  # (n, C*H, size)
-    return down[:, None] @ images.view(n, channels, height, size)
+    start, length = boxes.to(images.dtype).T.reshape(2, 2, n)  # (rows and columns, n)
+    down, across = resize_weights(start, length, max(height, width), size)  # (n, size, H or W, whichever is more)
+    images = torch.bmm(images.reshape(n, channels * height, width), across[..., :width].mT)  # (n, C*H, size)
+    return down[:, None, :, :height] @ images.view(n, channels, height, size)
 
 
 def blend(images, gray, factor):
@@ -462,21 +461,22 @@ def render_view(images, draws, augmentation):
     if images.device.type == "cpu" and len(images) > most:  # 4 MB at a time, which caches hold
         parts = zip(images.split(most), *(v.split(most) for v in draws.values()))
         return torch.cat([render_view(part, dict(zip(draws, own)), augmentation) for part, *own in parts])
-    d = {key: v.to(images.device, non_blocking=True) for key, v in draws.items() if key != "crop"}
-    if "shuffle" in d:  # of all planes, the three of the first image, of the second, ...
-        planes = 3 * torch.arange(len(images), device=images.device)[:, None] + d["shuffle"]
+    d = {name: v.float() for name, v in draws.items() if v.ndim == 1}  # a number an image: to the device in one piece
+    d = dict(zip(d, torch.stack([*d.values()]).to(images.device, non_blocking=True))) if d else d
+    if "shuffle" in draws:  # of all planes, the three of the first image, of the second, ...
+        planes = (3 * torch.arange(len(images))[:, None] + draws["shuffle"]).to(images.device, non_blocking=True)
         images = images.flatten(0, 1).index_select(0, planes.flatten()).view_as(images)
     x = images.float().div_(255)
     if "crop" in draws or x.shape[2:] != (size, size):
         boxes = crop_boxes(draws.get("crop"), *images.shape[2:], augmentation).expand(len(x), 4)
         x = resized_crop(x, boxes.to(x.device, non_blocking=True), size)
     if "flip" in d:
-        x = torch.lerp(x, x.flip(3), d["flip"].float().view(-1, 1, 1, 1))
-    for place in draws["order"][0].tolist() if "order" in d else ():
+        x = torch.lerp(x, x.flip(3), d["flip"].view(-1, 1, 1, 1))
+    for place in draws["order"][0].tolist() if "order" in draws else ():
         name = [*JITTER][place]
         x = JITTER[name](x, d[name])
     if "gray" in d:
-        x = torch.lerp(x, GRAY(x), d["gray"].float().view(-1, 1, 1, 1))
+        x = torch.lerp(x, GRAY(x), d["gray"].view(-1, 1, 1, 1))
     if "blur" in d and draws["blur"].any():
         rows = draws["blur"].nonzero().squeeze(1).to(x.device, non_blocking=True)  # found on the CPU
         x[rows] = gaussian_blur(x[rows], d["blur"][rows], 2 * (size // 20) + 1)  # a tenth of the image, odd

@@ -135,8 +135,8 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def update_key_encoder(self, ema_momentum):
         """theta_k <- m theta_k + (1-m) theta_q: parameters only; the copy has its own batch-norm statistics."""
-        for p_k, p_q in zip(self.encoder_k.parameters(), self.encoder_q.parameters()):
-            p_k.lerp_(p_q, 1 - ema_momentum)  # MoCo Eq. 2
+        keys, queries = [*self.encoder_k.parameters()], [*self.encoder_q.parameters()]
+        torch.optim.swa_utils.get_ema_multi_avg_fn(ema_momentum)(keys, queries, None)  # MoCo Eq. 2
 
     @torch.no_grad()
     def enqueue(self, keys):

@@ -181,8 +181,8 @@ class DINO(nn.Module):
     @torch.no_grad()
     def update_teacher(self, ema_momentum):
         """theta_t <- m theta_t + (1-m) theta_s: parameters only; the copy has its own batch-norm statistics."""
-        for p_t, p_s in zip(self.teacher.parameters(), self.student.parameters()):
-            p_t.lerp_(p_s, 1 - ema_momentum)
+        teacher, student = [*self.teacher.parameters()], [*self.student.parameters()]
+        torch.optim.swa_utils.get_ema_multi_avg_fn(ema_momentum)(teacher, student, None)
 
     @torch.no_grad()
     def in_use(self, p, now, steps):

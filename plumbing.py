@@ -101,6 +101,8 @@ def set_up(args):
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if several else device.index or 0)
             torch.cuda.set_device(device)
             torch.backends.cudnn.benchmark = True  # runs equal bit for bit are promised on the CPU alone
+            if vars(args).get("compile") and not several:  # a network becomes one launch, not hundreds
+                importlib.import_module("torch._inductor.config").triton.cudagraphs = True
         torch.zeros(1, dtype=torch.float64, device=device).item()  # Apple's GPUs have none such
     except (RuntimeError, AssertionError, TypeError) as error:
         raise Stop(f"--device {name} cannot be used ({str(error).splitlines()[0]}): use --device cpu") from error
@@ -365,8 +367,7 @@ class Run:
     def timed(self, batches, epoch, steps):
         """The same batches, with a progress bar on a terminal; time between asking and getting counts as waiting."""
         bar = tqdm(batches, f"epoch {epoch + 1}", steps, disable=rank() > 0 or None, leave=False, unit="step")
-        self.begun = asked = time.perf_counter()
-        self.waited, self.here = 0.0, 0
+        self.begun, self.waited, self.here = (asked := time.perf_counter()), 0.0, 0
         for batch in bar:
             self.waited += time.perf_counter() - asked
             yield batch
@@ -427,10 +428,9 @@ class Run:
         say("  ".join(f"{name} {'/'.join(f'{v:.4g}' if isinstance(v, float) else str(v) for v in values)}"
                       for name, values in cells.items()))
 
-    def save_backbone(self, backbone):
+    def save_backbone(self, net):
         """backbone.pt: torchvision's key names, without fc."""
-        weights = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
-        write_atomically(self.folder / "backbone.pt", weights)
+        write_atomically(self.folder / "backbone.pt", {k: v.cpu().contiguous() for k, v in net.state_dict().items()})
 
     def verdict(self):
         """The last lines of a run: what was reached against pixels and chance, and what to run next."""
