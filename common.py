@@ -386,9 +386,9 @@ def resize_weights(start, length, total, size):
     stretch = length / size  # input pixels for one output pixel
     source = torch.arange(total, device=start.device) + 0.5 - start
     target = torch.arange(size, device=start.device)[:, None] + 0.5
-    weights = (1 - (source - target * stretch).abs() / stretch.clamp(min=1)).clamp(min=0)
-    weights = weights * ((source > 0) & (source < length))
-    return weights / weights.sum(-1, keepdim=True)
+    weights = 1 - (source - target * stretch).abs_().div_(stretch.clamp(min=1)).clamp_(max=1)
+    weights.mul_((source > 0) & (source < length))
+    return weights.div_(weights.sum(-1, keepdim=True))
 
 
 def resized_crop(images, boxes, size):
