@@ -7,6 +7,7 @@ due. What a step may do: queue work, and copy numbers drawn on the CPU to the de
 
 import contextlib
 import importlib
+from argparse import Namespace
 
 import pytest
 import torch
@@ -224,3 +225,40 @@ WAITING = {
 def test_the_watch_sees_what_waits(name):
     with watch(), pytest.raises(Waits):
         WAITING[name](on_device(4, 4))
+
+
+# ---- few and short queues
+class CountCopies(TorchDispatchMode):
+    """How many tensors go to the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.copies = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        self.copies += function is torch.ops.aten._to_copy.default and kwargs.get("device") == DEVICE
+        return function(*args, **kwargs)
+
+
+def test_the_draws_of_a_view_travel_in_one_piece():
+    """One number an image each, whatever they stand for, and the crops' boxes: two copies, not one for each."""
+    view = common.Augmentation(size=32, solarize_p=0.2)
+    draws = common.draw_view(8, view, torch.Generator().manual_seed(0))
+    assert len(draws) > 5
+    with CountCopies() as counted:
+        common.render_view(torch.zeros(8, 3, 32, 32, dtype=torch.uint8, device=DEVICE), draws, view)
+    assert counted.copies == 2
+
+
+@pytest.mark.parametrize("compiled, ranks_there, graphs", [(True, "1", True), (True, "2", False), (False, "1", False)])
+def test_compiled_networks_replay_graphs_on_one_gpu(compiled, ranks_there, graphs, monkeypatch):
+    """Set before the first tensor is asked for, which fails here where there is no GPU; never under several ranks."""
+    config = importlib.import_module("torch._inductor.config")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, **how: (_ for _ in ()).throw(RuntimeError("no GPU")))
+    monkeypatch.setenv("WORLD_SIZE", ranks_there)
+    with config.patch({"triton.cudagraphs": False}):
+        with pytest.raises(common.Stop, match="no GPU"):
+            plumbing.set_up(Namespace(device="cuda", compile=compiled, seed=0))
+        assert config.triton.cudagraphs == graphs
