@@ -20,6 +20,7 @@ import warnings
 import zipfile
 from collections import Counter
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -256,10 +257,8 @@ def fit_batch(args, pictures):
 
 def evaluation(args, device, train, test, backbone):
     """features(network, images) -> (n, F) of own pictures; knn() -> the backbone's accuracies in percent, or None."""
-    def features(network, images):
-        return networks.extract_features(network, images, args.image_size, device=device, workers=args.workers,
-                                         amp=args.amp)
-
+    features = partial(networks.extract_features, size=args.image_size, device=device, workers=args.workers,
+                       amp=args.amp)
     return features, lambda: common.knn_accuracy(train, test, lambda images: features(backbone, images))
 
 
@@ -366,10 +365,11 @@ class Run:
 
     def timed(self, batches, epoch, steps):
         """The same batches, with a progress bar on a terminal; time between asking and getting counts as waiting."""
-        bar = tqdm(batches, f"epoch {epoch + 1}", steps, disable=rank() > 0 or None, leave=False, unit="step")
         self.begun, self.waited, self.here = (asked := time.perf_counter()), 0.0, 0
-        for batch in bar:
+        for batch in tqdm(batches, f"epoch {epoch + 1}", steps, disable=rank() > 0 or None, leave=False, unit="step"):
             self.waited += time.perf_counter() - asked
+            if self.args.compile:  # what compiled networks gave in the last step may be written over
+                torch.compiler.cudagraph_mark_step_begin()
             yield batch
             asked = time.perf_counter()
 

@@ -141,6 +141,7 @@ cifar100 3 csml.py
 
 cifar100-12 3 hirl_moco.py --clusters 0
 cifar100-12 3 hirl_moco.py
+cifar100-12 3 hirl_moco.py --path-weight 1
 cifar100-12 3 hcsc.py
 cifar100-12 3 hcsc.py --prototype-weight 1
 cifar100-12 1 hcsc.py --prototype-weight 0
@@ -174,7 +175,7 @@ gpu 1 hirl_moco.py
 gpu 1 hcsc.py
 
 gpu-30 1 hirl_moco.py --clusters 0
-gpu-30 1 hirl_moco.py
+gpu-30 1 hirl_moco.py --path-weight 1
 gpu-30 1 hcsc.py --prototype-weight 1
 """
 
