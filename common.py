@@ -10,7 +10,6 @@ Levels of the tree count from the finest (level 0) up; labels count from the coa
 """
 
 import hashlib
-import itertools
 import math
 import os
 import pickle
@@ -20,6 +19,7 @@ import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import count, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -206,14 +206,15 @@ def folder(root, class_names=None):
 
 def in_memory(images):
     """Pictures in files as (N, 3, H, W) uint8, or None where they are large, many, or of several sizes."""
-    width, height = images.picture(0).size
-    if max(width, height) > 128 or len(images) * 3 * height * width > 4 * 2**30:
+    size, rows = images.picture(0).size, range(len(images))
+    if max(size) > 128 or len(images) * 3 * math.prod(size) > 4 * 2**30:
         return None
-    pixels = torch.empty(len(images), 3, height, width, dtype=torch.uint8)
-    for row, picture in zip(pixels, ahead(images.picture, range(len(images)), threads=8)):
-        if picture.size != (width, height):
+    pixels = torch.empty(len(images), 3, *size[::-1], dtype=torch.uint8)
+    blocks = ahead(lambda i: [*takewhile(lambda p: p.size == size, map(images.picture, rows[i:i + 64]))], rows[::64])
+    for part, pictures in zip(pixels.split(64), blocks):  # one thread reads them: more hold each other up
+        if len(pictures) < len(part):
             return None
-        row.copy_(TF.pil_to_tensor(picture))
+        torch.stack([*map(TF.pil_to_tensor, pictures)], out=part)
     return pixels
 
 
@@ -472,8 +473,7 @@ def render_view(images, draws, augmentation):
         x = resized_crop(x, boxes.to(x.device, non_blocking=True), size)
     if "flip" in d:
         x = torch.lerp(x, x.flip(3), d["flip"].view(-1, 1, 1, 1))
-    for place in draws["order"][0].tolist() if "order" in draws else ():
-        name = [*JITTER][place]
+    for name in [[*JITTER][place] for place in draws["order"][0].tolist()] if "order" in draws else ():
         x = JITTER[name](x, d[name])
     if "gray" in d:
         x = torch.lerp(x, GRAY(x), d["gray"].view(-1, 1, 1, 1))
@@ -642,7 +642,7 @@ def kmeans(x, k, *, iterations=20, seed=0, init=None, exact=False):
     if centroids.shape != (k, x.shape[1]) or not centroids.isfinite().all():
         raise ValueError(f"k-means: init is (K, D), of finite numbers: not {tuple(centroids.shape)}")
     label, refilled = torch.zeros(len(x), dtype=torch.long, device=x.device), False
-    for step in itertools.count():
+    for step in count():
         last = step >= passes
         scan = last or refilled or not quick or step % 6 == 0 or far and step == 1
         careful = half or refilled  # scores may err, and cannot tell very close centroids apart

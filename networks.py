@@ -137,7 +137,7 @@ def extract_features(network, images, size, *, device="cpu", workers=0, batch_si
     features, planned, most = [], [(Augmentation(size=size), {})], batch_size or max(1, min(512, 2**23 // size**2))
     for (view,) in ahead(lambda ids: make_views(images, ids, planned, device, workers), rows.split(most)):
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
-            features.append(network(view).float())
+            features.append(network(view).to(torch.float32, copy=True))  # keeps no ViT's tokens, no graph's output
     network.train(training)
     images.agree()
     features = torch.cat(features)[:len(own)]

@@ -461,3 +461,19 @@ def test_data_that_is_deleted_is_one_sentence(tmp_path):
     for workers in (0, 1):
         with pytest.raises(common.Stop, match="^. of 12 pictures cannot be read.*no regular file.*: mend or remove"):
             one_epoch(images, workers)
+
+
+def test_features_hold_no_more_than_themselves():
+    """A ViT's feature is the first of its tokens: a view of them would keep every batch's tokens until the last.
+
+    A network that replays a graph, as --compile on a GPU makes one, writes all batches' results to one place.
+    """
+    place = torch.zeros(4, 50, 6)
+
+    class Tokens(nn.Module):
+        def forward(self, x):
+            return place[:len(x)].copy_(x.flatten(1)[:, None, :6].expand(-1, 50, -1))[:, 0]
+
+    images = common.Images([*"abcdefgh"], pixels=torch.arange(8 * 48, dtype=torch.uint8).view(8, 3, 4, 4))
+    x = networks.extract_features(Tokens(), images, 4, batch_size=4)
+    assert torch.equal(x, networks.extract_features(nn.Flatten(), images, 4)[:, :6])
