@@ -62,11 +62,13 @@ END
 kmeans() {  # ImageNet's 1.28 million rows: exact pass, level 0, and the tree 30000-10000-1000 (at most 1.5 s)
     part kmeans python bench/kmeans.py --device "$DEVICE" --figures 4 --sizes "$TREE"
 }
-speed() { part speed bash -c compare_speed; }
-runs() {  # CIFAR-100, ResNet-18, 200 epochs, seed 0: at most 8 minutes each
-    for name in hirl_moco hirl_moco-clusters-0 hcsc; do
-        part "run-$name" python results/reproduce.py --only "gpu/$name-0" --cifar100 "$DATA"
-    done
+speed() {  # a run with and without --compile; where a step's time goes, and the rest of an epoch's
+    part speed bash -c compare_speed
+    part step python bench/gpu_step.py --data "$DATA" --kernels --arguments --device "$DEVICE" --preset cifar --amp $MORE
+}
+runs() {  # CIFAR-100, ResNet-18, 200 epochs, seed 0: two at once, as one uses half of the card; ten minutes and more
+    part runs python results/reproduce.py --jobs 2 --only 'gpu/hirl_moco*' --cifar100 "$DATA"
+    part run-hcsc python results/reproduce.py --only 'gpu/hcsc-0' --cifar100 "$DATA"
 }
 repeat() { part repeat bash -c compare_twins; }
 bench() {  # the step on the real pipeline; the losses at the releases' scale

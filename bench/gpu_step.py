@@ -1,0 +1,141 @@
+"""What a step of a script, and the rest of its epoch, cost on a GPU: is it the kernels, or whoever launches them?
+
+    python bench/gpu_step.py --data cifar100 --arguments --amp --preset cifar     # two minutes on an H200
+    python bench/gpu_step.py --script hcsc --variants run fixed --arguments ...   # any script; some variants
+
+Each variant is the script's own first epoch with a tree, stopped after --warm-up and --steps steps:
+
+    run       as it is: a thread makes the next batch while this one is used
+    inline    no such thread
+    fixed     one batch for all steps, no work on pictures
+    compile   --compile, which on one GPU replays graphs; compile-fixed  the same with one batch
+
+Printed: ms a step by the clock; CPU ms a step of the main thread and of the process (more than the clock says: threads
+at once); seconds of what surrounds an epoch's steps, by the clock: features of all pictures, tree, checkpoint, kNN.
+--kernels adds, by torch's profiler, ms of kernels and the number of launches a step. Where the kernels take far less
+than the step, the host is the limit.
+"""
+
+import argparse
+import contextlib
+import importlib
+import io
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+import torch
+from losses import cpu_name
+from torch.profiler import ProfilerActivity, profile
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import common
+import networks
+import plumbing
+
+VARIANTS = ("run", "inline", "fixed", "compile", "compile-fixed")
+
+
+class Enough(Exception):
+    """The steps are done."""
+
+
+def wait():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def inline(function, items, threads=1):
+    return map(function, items)
+
+
+def one_for_all(function, items, threads=1):
+    """A batch's step number is its own, the rest is the first's."""
+    first = None
+    for item in items:
+        first = first or function(item)
+        yield item, *first[1:]
+
+
+def timed(function, seconds, name):
+    def call(*args, **how):
+        wait()
+        begun = time.perf_counter()
+        result = function(*args, **how)
+        wait()
+        seconds[name] = time.perf_counter() - begun
+        return result
+    return call
+
+
+def measure(args, data, variant, kernels=False):
+    """One run -> {what: number}."""
+    script, found = importlib.import_module(args.script), {}
+
+    def few(run, batches, epoch, steps):
+        run.waited, run.here, run.begun = 0.0, 0, time.perf_counter()
+        source, count = iter(batches), min(args.steps, steps - args.warm_up)
+        if count < 1:
+            sys.exit(f"an epoch of {steps} steps ends before --warm-up {args.warm_up} does: give less")
+        for _ in range(args.warm_up):
+            yield next(source)
+        wait()
+        begun = [clock() for clock in (time.perf_counter, time.thread_time, time.process_time)]
+        activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA][:1 + torch.cuda.is_available()]
+        with profile(activities=activities) if kernels else contextlib.nullcontext() as seen:
+            for _ in range(count):
+                yield next(source)
+            wait()
+        now = [clock() for clock in (time.perf_counter, time.thread_time, time.process_time)]
+        each = (1000 * (b - a) / count for a, b in zip(begun, now))
+        found.update(zip(("clock", "main thread", "process"), each))
+        if seen:
+            events = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+            found["kernels"] = sum(e.time_range.elapsed_us() for e in events) / 1000 / count
+            found["launches"] = len(events) / count
+        run.save(epoch, 0, None)
+        raise Enough
+
+    ahead = {"inline": inline, "fixed": one_for_all, "compile-fixed": one_for_all}.get(variant, common.ahead)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        for owner, name, made in (
+                (common, "load_data", lambda *_: data), (plumbing.Run, "timed", few), (common, "ahead", ahead),
+                (networks, "extract_features", timed(networks.extract_features, found, "features")),
+                (common, "hierarchical_kmeans", timed(common.hierarchical_kmeans, found, "tree")),
+                (common, "knn_accuracy", timed(common.knn_accuracy, found, "features and kNN")),
+                (plumbing, "write_atomically", timed(plumbing.write_atomically, found, "checkpoint"))):
+            stack.enter_context(mock.patch.object(owner, name, made))
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stack.enter_context(contextlib.suppress(Enough))
+        script.main(script.parse_args(["--data", args.data, "--warmup-epochs", "0", "--out", f"{folder}/run",
+                                       *["--compile"] * variant.startswith("compile"), *args.arguments]))
+    return found
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--script", default="hirl_moco")
+    p.add_argument("--data", default="textures")
+    p.add_argument("--data-root", default="data")
+    p.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
+    p.add_argument("--warm-up", type=int, default=30, help="steps before the clock starts")
+    p.add_argument("--steps", type=int, default=40)
+    p.add_argument("--rounds", type=int, default=2)
+    p.add_argument("--kernels", action="store_true")
+    p.add_argument("--arguments", nargs=argparse.REMAINDER, default=[], help="all that follows is the script's")
+    args = p.parse_args()
+    data = common.load_data(args.data, args.data_root, "cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
+    print(f"{time.strftime('%Y-%m-%d')}  torch {torch.__version__}  {torch.get_num_threads()} threads  {name}")
+    print(f"{args.script}.py on {len(data[0])} pictures", *args.arguments)
+    for turn in range(args.rounds):
+        for variant in args.variants:
+            found = measure(args, data, variant, args.kernels and turn + 1 == args.rounds)
+            print(f"{variant:14}", "  ".join(f"{what} {number:.3g}" for what, number in found.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
