@@ -127,7 +127,7 @@ def backbone(arch, stem, image_size=224):
 def extract_features(network, images, size, *, device="cpu", workers=0, batch_size=None, amp=False):
     """The network's (n, F) float32 output for the central crop of every picture, this rank's n rows of N.
 
-    In evaluation mode (and back), nothing augmented, in order; batches of 512, on CUDA of 2048, above 128 px of fewer.
+    In evaluation mode (and back), nothing augmented, in order; batches of 512, on CUDA of 2048, of large ones fewer.
     FloatingPointError: not finite.
     """
     training = network.training
