@@ -155,8 +155,8 @@ cifar100-validation 3 hirl_moco.py --path-weight 0.1
 cifar100-validation 1 hcsc.py --prototype-weight 1
 cifar100-validation 3 hcsc.py --prototype-weight 0.3
 cifar100-validation 3 hcsc.py --prototype-weight 0.1
-cifar100-validation 3 hcsc.py --prototype-weight 0.03
-cifar100-validation 3 hcsc.py --prototype-weight 0
+cifar100-validation 1 hcsc.py --prototype-weight 0.03
+cifar100-validation 1 hcsc.py --prototype-weight 0
 
 health 1 hirl_simsiam.py --clusters 0
 health 1 hirl_simsiam.py
