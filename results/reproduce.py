@@ -145,8 +145,6 @@ cifar100-12 3 hirl_moco.py --path-weight 1
 cifar100-12 3 hcsc.py
 cifar100-12 3 hcsc.py --prototype-weight 1
 cifar100-12 1 hcsc.py --prototype-weight 0
-cifar100-12 3 hcsc.py --release
-cifar100-12 3 csml.py
 
 cifar100-validation 3 hirl_moco.py --clusters 0
 cifar100-validation 3 hirl_moco.py --path-weight 1
