@@ -10,6 +10,7 @@ Levels of the tree count from the finest (level 0) up; labels count from the coa
 """
 
 import hashlib
+import itertools
 import math
 import os
 import pickle
@@ -19,7 +20,6 @@ import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import count, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -210,8 +210,9 @@ def in_memory(images):
     if max(size) > 128 or len(images) * 3 * math.prod(size) > 4 * 2**30:
         return None
     pixels = torch.empty(len(images), 3, *size[::-1], dtype=torch.uint8)
-    blocks = ahead(lambda i: [*takewhile(lambda p: p.size == size, map(images.picture, rows[i:i + 64]))], rows[::64])
-    for part, pictures in zip(pixels.split(64), blocks):  # one thread reads them: more hold each other up
+    blocks = ahead(lambda i: [*itertools.takewhile(lambda p: p.size == size, map(images.picture, rows[i:i + 64]))],
+                   rows[::64])  # one thread: with more, small pictures take longer, those of 128 px as long
+    for part, pictures in zip(pixels.split(64), blocks):
         if len(pictures) < len(part):
             return None
         torch.stack([*map(TF.pil_to_tensor, pictures)], out=part)
@@ -263,8 +264,7 @@ def make_views(images, ids, planned, device, workers):
     def crops(row):  # of one large picture, a crop for each view
         made, x = [], TF.pil_to_tensor(images.picture(int(ids[row])))  # (3, H, W) bytes
         for view, draws in planned:
-            u = draws["crop"][row:row + 1] if draws else None
-            i, j, h, w = crop_boxes(u, *x.shape[1:], view)[0].tolist()
+            i, j, h, w = crop_boxes(draws["crop"][row:row + 1] if draws else None, *x.shape[1:], view)[0].tolist()
             made.append(F.interpolate(x[None, :, i:i + h, j:j + w], view.size, mode="bilinear", antialias=True)[0])
         return made
 
@@ -642,7 +642,7 @@ def kmeans(x, k, *, iterations=20, seed=0, init=None, exact=False):
     if centroids.shape != (k, x.shape[1]) or not centroids.isfinite().all():
         raise ValueError(f"k-means: init is (K, D), of finite numbers: not {tuple(centroids.shape)}")
     label, refilled = torch.zeros(len(x), dtype=torch.long, device=x.device), False
-    for step in count():
+    for step in itertools.count():
         last = step >= passes
         scan = last or refilled or not quick or step % 6 == 0 or far and step == 1
         careful = half or refilled  # scores may err, and cannot tell very close centroids apart

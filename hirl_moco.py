@@ -29,7 +29,7 @@ Differs from paper or released code
   phi           (a temperature per prototype, PCL's) comes with the tree; HIRL's loss ignores it, as released
   small data    presets below ImageNet have a batch norm in the projector (--projector mlp-bn) and a smaller
                 ema_momentum: with few steps, MoCo v2's own head leaves all embeddings pointing one way for long
-  path weight   0.1 in the presets cifar and photos: HIRL's 1 costs accuracy on CIFAR-100 (results/README.md)
+  path weight   0.1 in the presets cifar and photos: HIRL's 1 costs kNN accuracy on CIFAR-100; photos are untried
   queue         any batch and queue size; in the release the batch size must divide the queue size
   batch norm    over the whole batch under torchrun (--bn sync), so G processes equal one; --bn shuffle is
                 MoCo's own. On one device shuffling is a permutation inside one batch, a no-op: left out

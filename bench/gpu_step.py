@@ -38,6 +38,9 @@ import plumbing
 VARIANTS = ("run", "inline", "fixed", "compile", "compile-fixed")
 
 
+ahead, loop = common.ahead, plumbing.Run.timed
+
+
 class Enough(Exception):
     """The steps are done."""
 
@@ -48,11 +51,15 @@ def wait():
 
 
 def inline(function, items, threads=1):
-    return map(function, items)
+    """Batches without a thread; pictures are decoded as ever."""
+    return ahead(function, items, 0 if function.__name__ == "batch" else threads)
 
 
 def one_for_all(function, items, threads=1):
     """A batch's step number is its own, the rest is the first's."""
+    if function.__name__ != "batch":
+        yield from ahead(function, items, threads)
+        return
     first = None
     for item in items:
         first = first or function(item)
@@ -60,12 +67,14 @@ def one_for_all(function, items, threads=1):
 
 
 def timed(function, seconds, name):
+    """The function, which leaves the seconds of its last call under its name; name() may be empty for a call."""
     def call(*args, **how):
         wait()
         begun = time.perf_counter()
         result = function(*args, **how)
         wait()
-        seconds[name] = time.perf_counter() - begun
+        if name(*args):
+            seconds[name(*args)] = time.perf_counter() - begun
         return result
     return call
 
@@ -75,8 +84,7 @@ def measure(args, data, variant, kernels=False):
     script, found = importlib.import_module(args.script), {}
 
     def few(run, batches, epoch, steps):
-        run.waited, run.here, run.begun = 0.0, 0, time.perf_counter()
-        source, count = iter(batches), min(args.steps, steps - args.warm_up)
+        source, count = loop(run, batches, epoch, steps), min(args.steps, steps - args.warm_up)
         if count < 1:
             sys.exit(f"an epoch of {steps} steps ends before --warm-up {args.warm_up} does: give less")
         for _ in range(args.warm_up):
@@ -88,25 +96,28 @@ def measure(args, data, variant, kernels=False):
             for _ in range(count):
                 yield next(source)
             wait()
-        now = [clock() for clock in (time.perf_counter, time.thread_time, time.process_time)]
+            now = [clock() for clock in (time.perf_counter, time.thread_time, time.process_time)]
         each = (1000 * (b - a) / count for a, b in zip(begun, now))
         found.update(zip(("clock", "main thread", "process"), each))
         if seen:
-            events = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-            found["kernels"] = sum(e.time_range.elapsed_us() for e in events) / 1000 / count
-            found["launches"] = len(events) / count
+            events = seen.events()
+            there = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
+            found["kernels"] = sum(e.time_range.elapsed_us() for e in there) / 1000 / count
+            found["launches"] = sum(e.name.startswith(("cudaLaunch", "cudaGraphLaunch")) for e in events) / count
         run.save(epoch, 0, None)
         raise Enough
 
-    ahead = {"inline": inline, "fixed": one_for_all, "compile-fixed": one_for_all}.get(variant, common.ahead)
+    made_ahead = {"inline": inline, "fixed": one_for_all, "compile-fixed": one_for_all}.get(variant, ahead)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         for owner, name, made in (
-                (common, "load_data", lambda *_: data), (plumbing.Run, "timed", few), (common, "ahead", ahead),
-                (networks, "extract_features", timed(networks.extract_features, found, "features")),
-                (common, "hierarchical_kmeans", timed(common.hierarchical_kmeans, found, "tree")),
-                (common, "knn_accuracy", timed(common.knn_accuracy, found, "features and kNN")),
-                (plumbing, "write_atomically", timed(plumbing.write_atomically, found, "checkpoint"))):
+                (common, "load_data", lambda *_: data), (plumbing.Run, "timed", few), (common, "ahead", made_ahead),
+                (plumbing, "knn_of_pixels", lambda *_: None),
+                (networks, "extract_features", timed(networks.extract_features, found, lambda network, images, *_: (
+                    "features" if len(images) == len(data[0]) else None))),
+                (common, "hierarchical_kmeans", timed(common.hierarchical_kmeans, found, lambda *_: "tree")),
+                (common, "knn_accuracy", timed(common.knn_accuracy, found, lambda *_: "all features and kNN")),
+                (plumbing, "write_atomically", timed(plumbing.write_atomically, found, lambda *_: "checkpoint"))):
             stack.enter_context(mock.patch.object(owner, name, made))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(contextlib.suppress(Enough))

@@ -255,6 +255,7 @@ def test_the_draws_of_a_view_travel_in_one_piece():
 def test_compiled_networks_replay_graphs_on_one_gpu(compiled, ranks_there, graphs, monkeypatch):
     """Set before the first tensor is asked for, which fails here where there is no GPU; never under several ranks."""
     config = importlib.import_module("torch._inductor.config")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)  # put back afterwards
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch, "zeros", lambda *shape, **how: (_ for _ in ()).throw(RuntimeError("no GPU")))
     monkeypatch.setenv("WORLD_SIZE", ranks_there)
