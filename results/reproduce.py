@@ -110,25 +110,25 @@ validation 3 hirl_simsiam.py --path-weight 1 --warmup-epochs 45
 validation 3 hirl_simsiam.py --path-weight 0.3
 validation 3 hirl_simsiam.py --path-weight 0.1
 
-bases 5 hirl_simclr.py --clusters 0
-bases 5 hirl_simclr.py
+bases 4 hirl_simclr.py --clusters 0
+bases 4 hirl_simclr.py
 
-bases 5 hirl_swav.py --clusters 0
-bases 5 hirl_swav.py
+bases 4 hirl_swav.py --clusters 0
+bases 4 hirl_swav.py
 
 bases 3 csml.py --neighbours 0
 bases 3 csml.py
 bases 3 csml.py --level-weights 0 0 0.5 1
 
-bases 5 hirl_simsiam.py --clusters 0
-bases 5 hirl_simsiam.py
+bases 4 hirl_simsiam.py --clusters 0
+bases 4 hirl_simsiam.py
 bases 3 hirl_simsiam.py --path-weight 1
 
-bases 5 hirl_mocov3.py --clusters 0
-bases 5 hirl_mocov3.py
+bases 4 hirl_mocov3.py --clusters 0
+bases 4 hirl_mocov3.py
 
-bases 5 hirl_dino.py --clusters 0
-bases 5 hirl_dino.py
+bases 4 hirl_dino.py --clusters 0
+bases 4 hirl_dino.py
 
 bases 3 hirl_ibot.py --clusters 0
 bases 3 hirl_ibot.py
