@@ -1,6 +1,6 @@
 """What a step of a script, and the rest of its epoch, cost on a GPU: is it the kernels, or whoever launches them?
 
-    python bench/gpu_step.py --data cifar100 --arguments --amp --preset cifar     # two minutes on an H200
+    python bench/gpu_step.py --data cifar100 --kernels --arguments --amp --preset cifar
     python bench/gpu_step.py --script hcsc --variants run fixed --arguments ...   # any script; some variants
 
 Each variant is the script's own first epoch with a tree, stopped after --warm-up and --steps steps:
