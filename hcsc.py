@@ -130,7 +130,7 @@ class MoCo(nn.Module):
     def update_key_encoder(self, ema_momentum):
         """theta_k <- m theta_k + (1-m) theta_q: parameters only; the copy has its own batch-norm statistics."""
         keys, queries = [*self.encoder_k.parameters()], [*self.encoder_q.parameters()]
-        torch.optim.swa_utils.get_ema_multi_avg_fn(ema_momentum)(keys, queries, None)  # MoCo Eq. 2
+        torch.optim.swa_utils.get_ema_multi_avg_fn(ema_momentum)(keys, queries, None)  # MoCo Eq. 2, in one kernel
 
     @torch.no_grad()
     def enqueue(self, keys):

@@ -182,7 +182,7 @@ class DINO(nn.Module):
     def update_teacher(self, ema_momentum):
         """theta_t <- m theta_t + (1-m) theta_s: parameters only; the copy has its own batch-norm statistics."""
         teacher, student = [*self.teacher.parameters()], [*self.student.parameters()]
-        torch.optim.swa_utils.get_ema_multi_avg_fn(ema_momentum)(teacher, student, None)
+        torch.optim.swa_utils.get_ema_multi_avg_fn(ema_momentum)(teacher, student, None)  # in one kernel
 
     @torch.no_grad()
     def in_use(self, p, now, steps):

@@ -36,8 +36,6 @@ import networks
 import plumbing
 
 VARIANTS = ("run", "inline", "fixed", "compile", "compile-fixed")
-
-
 ahead, loop = common.ahead, plumbing.Run.timed
 
 

@@ -4,8 +4,8 @@
 #     bash results/gpu.sh FOLDER                # CIFAR-100 as folders, train/<superclass>/<class>/x.png and test/...
 #     bash results/gpu.sh FOLDER kmeans runs    # only these of the steps  kmeans speed runs repeat bench
 #
-# Each part is stopped after ten minutes and writes results/gpu/PART.txt when it is done; then it is not done again, and one
-# that was stopped goes on where it was. Needs torch with CUDA, torchvision, numpy and tqdm. To try it without a GPU:
+# Each part is stopped after ten minutes and writes results/gpu/PART.txt when it is done; then it is not done again, and
+# one that was stopped goes on where it was. Needs torch with CUDA, torchvision, numpy and tqdm. To try it without a GPU:
 #     DEVICE=cpu MORE="--arch tiny --stem 3x3s2" TREE=4000x16x60-20-10 bash results/gpu.sh FOLDER speed repeat
 set -u
 cd "$(dirname "$0")/.."
@@ -64,9 +64,10 @@ kmeans() {  # ImageNet's 1.28 million rows: exact pass, level 0, and the tree 30
 }
 speed() {  # a run with and without --compile; where a step's time goes, and the rest of an epoch's
     part speed bash -c compare_speed
-    part step python bench/gpu_step.py --data "$DATA" --kernels $([ "$DEVICE" != cpu ] || echo --variants run fixed) --arguments --device "$DEVICE" --preset cifar --amp $MORE
+    part step python bench/gpu_step.py --data "$DATA" --kernels $([ "$DEVICE" != cpu ] || echo --variants run fixed) \
+        --arguments --device "$DEVICE" --preset cifar --amp $MORE
 }
-runs() {  # CIFAR-100, ResNet-18, 200 epochs, seed 0: two at once, as one uses half of the card; a second call ends them
+runs() {  # CIFAR-100, ResNet-18, 200 epochs: two at once, as one uses half of the card; a second call ends them
     part runs python results/reproduce.py --jobs 2 --only 'gpu/hirl_moco*' --cifar100 "$DATA"
     part run-hcsc python results/reproduce.py --only 'gpu/hcsc-0' --cifar100 "$DATA"
 }

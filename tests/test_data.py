@@ -477,3 +477,16 @@ def test_features_hold_no_more_than_themselves():
     images = common.Images([*"abcdefgh"], pixels=torch.arange(8 * 48, dtype=torch.uint8).view(8, 3, 4, 4))
     x = networks.extract_features(Tokens(), images, 4, batch_size=4)
     assert torch.equal(x, networks.extract_features(nn.Flatten(), images, 4)[:, :6])
+
+
+@pytest.mark.parametrize("larger", [None, 63, 64, 129])
+def test_small_pictures_are_read_in_blocks(larger, tmp_path):
+    """130 are two blocks and two more; one of another size, wherever it is, and none is kept in memory."""
+    for i in range(130):
+        Image.new("RGB", (8 + (i == larger), 6), (i, 2 * i % 256, 90)).save(tmp_path / f"{i:03d}.png")
+    images = common.folder(tmp_path)
+    if larger is not None:
+        assert images.pixels is None
+        return
+    assert images.pixels.shape == (130, 3, 6, 8)
+    assert all(torch.equal(images.pixels[i], TF.pil_to_tensor(common.decode(p))) for i, p in enumerate(images.paths))

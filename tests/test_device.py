@@ -263,3 +263,12 @@ def test_compiled_networks_replay_graphs_on_one_gpu(compiled, ranks_there, graph
         with pytest.raises(common.Stop, match="no GPU"):
             plumbing.set_up(Namespace(device="cuda", compile=compiled, seed=0))
         assert config.triton.cudagraphs == graphs
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_graphs_are_told_where_a_step_begins(compiled, monkeypatch):
+    """Before the batch is handed out: what the last step's graphs gave may be written over from there on."""
+    told, run = [], Namespace(args=Namespace(compile=compiled))
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: told.append(None))
+    seen = [len(told) for _ in plumbing.Run.timed(run, range(3), epoch=0, steps=3)]
+    assert seen == ([1, 2, 3] if compiled else [0, 0, 0])
