@@ -73,8 +73,13 @@ class Images:
         digest = hashlib.blake2b(digest_size=6)
         for images in (self, self.test) if self.test else (self,):
             digest.update(repr(images.names).encode())
-            digest.update(images.pixels.cpu().numpy() if images.pixels is not None else repr(  # size, time of change
-                [os.path.exists(p) and (os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in images.paths]).encode())
+            if images.pixels is not None:
+                digest.update(images.pixels.cpu().numpy())
+                continue
+            files = [path for path in images.paths if os.path.isfile(path) and os.access(path, os.R_OK)]
+            digest.update(repr([*map(os.path.getsize, files)]).encode())
+            for path in files[::len(files) // 1000 + 1]:  # their bytes, not their times: a copy is the same
+                digest.update(np.fromfile(path, np.uint8, 2**18))
         return digest.hexdigest()
 
     def part(self, rows):
@@ -107,9 +112,9 @@ class Images:
             if self.labels is not None:
                 self.labels[shown] = self.labels[(i + 1) % len(self)].clone()
         if found and len(self.unreadable) > min(len(self) - 1, max(1, 0.01 * len(self))):
-            bad = ", ".join(self.names[i] for i in sorted(self.unreadable)[:20])
+            bad, root = (self.names[i] for i in sorted(self.unreadable)[:20]), str(self.paths[0])
             raise Stop(f"{len(self.unreadable)} of {len(self)} pictures cannot be read, more than 1 % (the last one: "
-                       f"{why}): mend or remove {bad}")
+                       f"{why}): mend or remove, in {root.removesuffix(self.names[0])}, {', '.join(bad)}")
 
     def agree(self):
         """All ranks together: what one could not read is noted by all, and each picture is named once."""
@@ -167,7 +172,7 @@ def load_data(data, data_root="data", device="cpu", validation=False):
 
 
 def picture_files(root):
-    """Yield every picture under `root`: each real folder once, however links may loop, but no folder of a run."""
+    """Yield every picture under `root`: each real folder once, however links loop, none that is hidden or a run's."""
     def refuse(error):
         raise Stop(f"cannot read the folder {error.filename} ({error.strerror}): check its permissions")
 
@@ -177,14 +182,12 @@ def picture_files(root):
             folders.clear()  # go no deeper
             continue
         seen.add(os.path.realpath(where))
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(where, n) for n in names if n.lower().endswith(PICTURES) and not n.startswith("."))
 
 
 def folder(root, class_names=None):
-    """Every picture under `root`; its sub-folders, nested or not, are its labels coarse to fine, numbered in
-    class_names, the training split's, or else in their own.
-    """
+    """Every picture under `root`; sub-folders are labels, coarse to fine, numbered in class_names, or their own."""
     paths = sorted(picture_files(root))
     if not paths:
         raise Stop(f"no pictures under {root}: it needs files that end in {' '.join(PICTURES)}")
@@ -195,8 +198,9 @@ def folder(root, class_names=None):
         print(f"labels have a depth of {depth}, for {stray} lies no deeper, as others do", file=sys.stderr)
     levels = [["/".join(parts[:d + 1]) for parts in parents] for d in range(depth)]
     class_names = [sorted(set(level)) for level in levels] if class_names is None else class_names
-    if len(class_names) > depth or any(set(level) - set(known) for level, known in zip(levels, class_names)):
-        raise Stop(f"{root} has other classes than the training pictures: give both the same sub-folders")
+    strange = [c for level, known in zip(levels, class_names) for c in sorted({*level} - {*known})]
+    if strange := strange or ["fewer levels"] * (len(class_names) > depth):
+        raise Stop(f"{root} has other classes than the training pictures ({strange[0]}): give both the same folders")
     labels = [torch.from_numpy(np.searchsorted(known, level)) for known, level in zip(class_names, levels)]
     images = Images(names, torch.stack(labels, 1) if labels else None, class_names, paths=paths)
     images.pixels = in_memory(images)
@@ -239,9 +243,8 @@ def torchvision_set(name, root, train):
 
 
 def ahead(function, items, threads=1):
-    """Yield function(item) of every item, in order; `threads` threads make the next ones while the caller uses one.
-
-    What the function raises is raised here. The threads end with the generator, also one that is left half-way.
+    """Yield function(item) of every item, in order; `threads` threads make the next ones while the caller uses one, and
+    end with the generator, also one that is left half-way. What the function raises is raised here.
     """
     if not threads:
         yield from map(function, items)
@@ -314,15 +317,14 @@ class Augmentation(NamedTuple):
     jitter_p: float = 0.8
     gray_p: float = 0.2
     blur_p: float = 0.0  # 0.5 for large images; at 32 px a blur removes what is to be learnt
-    blur_sigma: tuple = (0.1, 2.0)  # range of the standard deviation, pixels
+    blur_sigma: tuple = (0.1, 2.0)  # range of the standard deviation, pixels; kernels reach to three of the highest
     solarize_p: float = 0.0
     shuffle_p: float = 0.0  # probability of a random order of the colour channels
 
 
 def draw_view(n, augmentation, generator):
-    """Every random number of `n` views, on the CPU: {operation: (n, ...)}, without those that are switched off.
-
-    Nothing depends on a device, a rank or a picture's size: a rank takes its rows of the global batch's.
+    """Every random number of `n` views, on the CPU: {operation: (n, ...)}, without those that are switched off. Nothing
+    depends on a device, a rank or a picture's size: a rank takes its rows of the global batch's.
     """
     a = augmentation
 
@@ -393,9 +395,8 @@ def resize_weights(start, length, total, size):
 
 
 def resized_crop(images, boxes, size):
-    """Crop each image (n,C,H,W) to its own box (n,4) and resize: (n,C,size,size), two products.
-
-    Equals torchvision's resized_crop(..., antialias=True) on float images.
+    """Crop each image (n,C,H,W) to its own box (n,4) and resize: (n,C,size,size), two products. Equals torchvision's
+    resized_crop(..., antialias=True) on float images.
     """
     n, channels, height, width = images.shape
     start, length = boxes.to(images.dtype).T.reshape(2, 2, n)  # (rows and columns, n)
@@ -454,9 +455,8 @@ def normalize_pixels(images):
 
 
 def render_view(images, draws, augmentation):
-    """images (n,3,H,W) uint8, draws on the CPU -> (n,3,size,size) float32, normalised.
-
-    Without a key "crop" images of size x size are taken as cropped already, others are cropped to their centre.
+    """images (n,3,H,W) uint8, draws on the CPU -> (n,3,size,size) float32, normalised. Without a key "crop" images of
+    size x size are taken as cropped already, others are cropped to their centre.
     """
     size, most = augmentation.size, max(1, 2**22 // max(1, 12 * augmentation.size**2))
     if images.device.type == "cpu" and len(images) > most:  # 4 MB at a time, which caches hold
@@ -479,7 +479,8 @@ def render_view(images, draws, augmentation):
         x = torch.lerp(x, GRAY(x), d["gray"].view(-1, 1, 1, 1))
     if "blur" in d and draws["blur"].any():
         rows = draws["blur"].nonzero().squeeze(1).to(x.device, non_blocking=True)  # found on the CPU
-        x[rows] = gaussian_blur(x[rows], d["blur"][rows], 2 * (size // 20) + 1)  # a tenth of the image, odd
+        reach = math.ceil(min(3 * augmentation.blur_sigma[1], size - 1))
+        x[rows] = gaussian_blur(x[rows], d["blur"][rows], 2 * reach + 1)
     if "solarize" in d:
         x = torch.lerp(x, 1 - x, (x >= d["solarize"].view(-1, 1, 1, 1)).float())
     return normalize_pixels(x)
@@ -851,8 +852,7 @@ def hcsc_prototype_loss(q, hierarchy, index, masks, *, unselected="remove", excl
 
 # ---- kNN and neighbours
 def largest_products(x, test, k):
-    """For each test row (B, D), the k rows of all ranks with the largest inner products: products and ids, (B, k) each.
-
+    """For each test row (B, D), the k rows of all ranks with the largest inner products: products and ids, (B, k) each;
     x (n, D) is this rank's share of the rows, test is the same on every rank. In chunks of 2^26 products.
     """
     found = [(part @ x.T).topk(min(k, len(x)), dim=1) for part in test.split(max(1, 2**26 // max(1, len(x))))]

@@ -8,7 +8,7 @@ a run                    python eval_linear.py --run runs/hirl_moco-textures-0
 everything               python eval_linear.py --run runs/x --protocol linear knn finetune cluster hierarchy
 papers' linear protocol  python eval_linear.py --run runs/x --protocol linear --linear augment
 one per cent of labels   python eval_linear.py --run runs/x --protocol linear finetune --labels 0.01
-somebody else's weights  python eval_linear.py --backbone FILE --arch resnet50 --data /imagenet
+somebody else's weights  python eval_linear.py --backbone FILE --arch resnet50 --data /imagenet --pixels imagenet
 the baseline             python eval_linear.py --run runs/x --untrained --out untrained.json
 
   linear     softmax regression on the frozen backbone, one for every --lr, all trained at once
@@ -24,9 +24,9 @@ Labels have a depth, 0 the coarsest; clusters have a level, 0 the finest, as in 
 upper bound. Without test pictures every tenth training picture is one. Every protocol leaves the backbone as it was,
 byte for byte, which is checked. Error bars: repeat with --seed.
 
-Differs from the papers: features are standardised by the training pictures' mean and deviation (the probe stays
-linear), so that one short list of learning rates serves every backbone (MoCo: raw features, lr 30); several rates
-where papers tune one; cosine decay unless --schedule step.
+Differs from the papers: pictures are fed as (x - 0.5) / 0.25, unless --pixels imagenet; features are standardised by
+the training pictures' mean and deviation (the probe stays linear), so that one short list of learning rates serves
+every backbone (MoCo: raw features, lr 30); several rates where papers tune one; cosine decay unless --schedule step.
 """
 
 import copy
@@ -42,13 +42,14 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torchvision import transforms
 
 import common
 import networks
 import plumbing
 import ranks
 from common import Stop
-from plumbing import say
+from ranks import say
 
 NOTE = "best: the best epoch on the pictures tested on, an upper bound; --lr is chosen on them as well"
 IMAGE_SIZES = {"textures": 32, "cifar": 32, "photos": 96, "imagenet": 224}  # by plumbing.preset_of(data)
@@ -65,6 +66,7 @@ def parse_args(argv=None):
     add("--stem", choices=list(networks.STEMS), help="first layer of a ResNet (the run's; 7x7 is seen in the weights)")
     add("--image-size", type=positive(int, most=4096), help="side of the pictures, pixels (the run's, or by data)")
     add("--data", default="textures", help="textures, cifar10, cifar100, stl10 or a folder (the run's)")
+    add("--pixels", choices=["half", "imagenet"], default="half", help="less 0.5, over 0.25; or ImageNet's mean, std")
     add("--data-root", default="data", help="where torchvision's sets are kept (the run's)")
     add("--validation", action="store_true", help="on pictures held out from training, not the test's (the run's)")
     add("--out", metavar="FILE", help="for the results (eval.json in the run folder, or here)")
@@ -194,18 +196,17 @@ def spearman(x, y):
 def find_backbone(state, source):
     """What torch.load gave -> (its tensors by name, the prefix of the backbone's names).
 
-    `state` is a state dict, or holds one under "state_dict" or "model". Any prefix will do; of several networks the
-    teacher is taken (DINO), or else the query encoder (MoCo). Raises Stop, naming `source`, when there is none.
+    `state` is a state dict, or holds one under "state_dict", "model" or "teacher". Any prefix will do; of several
+    networks the teacher is taken (DINO), or else the query encoder (MoCo). Raises Stop, naming `source`, without any.
     """
-    for key in ("state_dict", "model"):
+    for key in ("state_dict", "model", "teacher"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     tensors = {name: x for name, x in state.items() if torch.is_tensor(x)} if isinstance(state, dict) else {}
     marks = "layer1.0.conv1.weight", "conv_proj.weight"
     prefixes = [name.removesuffix(mark) for name in tensors for mark in marks if name.endswith(mark)]
     if not prefixes:
-        raise Stop(f"{source} holds no weights of a ResNet or ViT (no name ends in {' or '.join(marks)}): give "
-                   "another file")
+        raise Stop(f"{source} holds no weights of a ResNet or ViT (no name ends in {' or '.join(marks)}): give others")
     return tensors, min(prefixes, key=lambda prefix: ("teacher" not in prefix, "encoder_k" in prefix))
 
 
@@ -221,8 +222,7 @@ def fit_backbone(network, tensors, prefix, source):
         network.load_state_dict({short: tensors[name] for name, short in own.items()})
     except RuntimeError as error:
         what = " ".join(str(error).split("\n\t", 1)[-1].split())
-        raise Stop(f"{source} does not fit ({what[:150]}): correct --arch, --stem or --image-size, or give another "
-                   "file") from error
+        raise Stop(f"{source} does not fit ({what[:150]}): correct --arch, --stem, --image-size or the file") from error
     if bad := [name for name, x in network.state_dict().items() if not x.isfinite().all()]:
         raise Stop(f"{source} holds NaN or infinity ({bad[0]} and {len(bad) - 1} more tensors): give another file")
     return list(dict.fromkeys(".".join(name.split(".")[:2]) for name in tensors if name not in own))
@@ -244,6 +244,8 @@ def load_backbone(args):
         left_out = "; left out: " + (", ".join(fit_backbone(network, tensors, prefix, path)) or "nothing")
     weights = f"{path}{prefix and ', ' + prefix[:-1]}{left_out}" if path else "untrained"
     say(f"{args.arch}, {width} features, {args.image_size} px, {weights}")
+    if args.pixels == "imagenet":  # from (x - 0.5) / 0.25
+        network = nn.Sequential(transforms.Normalize((-0.06, -0.176, -0.376), (0.916, 0.896, 0.9)), network)
     return network.eval().requires_grad_(False)
 
 
@@ -451,8 +453,7 @@ def finetune(task):
                                                        workers=args.workers)
                     accuracy[epoch + 1] = percent(logits.argmax(dim=1), test_y)
             except FloatingPointError as error:
-                said = f"fine-tuning diverged in epoch {epoch + 1}: try a lower --lr-trunk or --lr-head"
-                raise Stop(said, code=1) from error
+                raise Stop(f"fine-tuning diverged in epoch {epoch + 1}: lower --lr-trunk or --lr-head", 1) from error
         rows.append(dict(depth=depth, classes=task.classes[depth], pictures=len(images), **last_and_best(accuracy)))
     return {"finetune": rows}
 
@@ -499,11 +500,9 @@ def hierarchy(task):
     rows, whole = [], []
     for name, levels in trees.items():
         levels = levels[:, known]
-        rows += [dict(tree=name, level=level, clusters=len(np.unique(assign)), depth=depth,
-                      classes=task.classes[depth], **agreement(assign, labels[depth]))
-                 for level, assign in enumerate(levels) for depth in task.depths]
-        distances = (tree_distance(nested, i, j) for nested in (levels, labels))
-        whole.append(dict(tree=name, rank_correlation=spearman(*distances)))
+        rows += [dict(tree=name, level=level, clusters=len({*ids}), depth=depth, classes=task.classes[depth],
+                      **agreement(ids, labels[depth])) for level, ids in enumerate(levels) for depth in task.depths]
+        whole.append(dict(tree=name, rank_correlation=spearman(*(tree_distance(t, i, j) for t in (levels, labels)))))
     return {"hierarchy": rows, "tree": whole}
 
 
@@ -522,7 +521,7 @@ def table(title, rows):
 
 def earlier_results(path):
     """The evaluations that --out holds already, the last one last; Stop if it is no such file, or can be none."""
-    if not path.parent.is_dir() or path.is_dir() or not os.access(path.parent, os.W_OK):
+    if not path.parent.is_dir() or path.exists() and not path.is_file() or not os.access(path.parent, os.W_OK):
         raise Stop(f"--out {path} cannot be written: give a file in a folder that is there")
     try:
         last = json.loads(path.read_text())
@@ -569,30 +568,31 @@ def evaluate(args):
     earlier_results(out)  # refuses what cannot be written
     network, results, seconds = load_backbone(args).to(device, memory_format=torch.channels_last), {}, {}
     frozen, task = copy.deepcopy(network.state_dict()), Task(args, device, network)
-    for protocol in dict.fromkeys(args.protocol):
-        begun = time.perf_counter()
-        results.update(PROTOCOLS[protocol](task))
-        seconds[protocol] = round(time.perf_counter() - begun, 1)
-        say(f"{protocol}: {seconds[protocol]} s")
-        assert_unchanged(network, frozen)
     pictures = dict(train=len(task.train), labelled=len(task.few), test=len(task.test))
     try:
-        add_result(out, dict(plumbing.circumstances(), arguments=vars(args), note=NOTE, pictures=pictures,
-                             results=results, seconds=seconds))
-    finally:  # what a full disk does not take can be read at least, and what cannot be printed is kept
-        for title, rows in results.items():
-            table(title, rows)
+        for protocol in dict.fromkeys(args.protocol):
+            begun = time.perf_counter()
+            found = PROTOCOLS[protocol](task)
+            assert_unchanged(network, frozen)
+            results.update(found)
+            seconds[protocol] = round(time.perf_counter() - begun, 1)
+            say(f"{protocol}: {seconds[protocol]} s")
+            for title, rows in found.items():
+                table(title, rows)
+    finally:  # one that fails, or cannot be printed, leaves the results so far
+        if results:
+            add_result(out, dict(plumbing.circumstances(), arguments=vars(args), note=NOTE, pictures=pictures,
+                                 results=results, seconds=seconds))
     say(f"\n{NOTE}\nresults  {out}")
 
 
 def main(args):
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if os.environ.get("WORLD_SIZE", "") not in ("", "1"):
         raise Stop("one process evaluates: start it with python, not with torchrun")
     try:
         evaluate(args)
     except FloatingPointError as error:
-        raise Stop(f"the features of {args.backbone or args.run} are not finite, or too large: it diverged, or the "
-                   "weights are of another network; give another one") from error
+        raise Stop(f"the features of {args.backbone or args.run} are not finite, or too large: give others") from error
 
 
 # ---- entry

@@ -22,8 +22,8 @@ one GPU                     python hirl_ibot.py --data cifar100 --amp
 paper scale, 8 GPUs         torchrun --nproc-per-node=8 hirl_ibot.py --data /imagenet --amp
 
 Changes relative to hirl_dino.py (whose symbols and log these are): always a ViT; masks for the student, a learnt
-vector in place of a masked patch; S patches, their loss and centre c'. D1-D12 hold, and small, with AdamW. DEVIATION
-on textures also: torchvision's initial ViT, weak patch loss (colours give a patch away), only masked ones projected.
+vector in place of a masked patch; S patches, their loss and centre c'. D1-D12 hold (H fp16 in both), and small, with
+AdamW. DEVIATION on textures: torchvision's initial ViT, weak patch loss (colours tell); only masked ones projected.
 
 Differs from paper (P), iBOT's code (I), HIRL's release (H): number, who agrees, what this does; what the others do
   I1    PIH  a crop without mask (half of them) adds 0 to the mean of the patch loss, which halves it on average
@@ -261,12 +261,12 @@ def patch_loss(student, teacher, masks, center, student_temperature, teacher_tem
     mean over crops and images of sum_{s masked} H(softmax((t_s - c') / T_t), softmax(s_s / T_s)) / max(1, masked)
 
     student, teacher (2, B, S, P) logits, masks (2, B, S) bool, center c' (P,); the gradient goes to the student
-    alone. Returns a scalar; a crop without mask adds 0 and counts. Source: iBOT (2111.07832) Eq. 2, as released.
+    alone. Returns a scalar; a crop without mask adds 0 and counts. Source: iBOT (2111.07832) L_MIM, as released.
     """
     targets = F.softmax((teacher - center) / teacher_temperature, dim=-1).detach()  # (2, B, S, P)
     cross = -(targets * F.log_softmax(student / student_temperature, dim=-1)).sum(dim=-1)  # (2, B, S)
     masked = masks.to(cross.dtype)
-    return ((cross * masked).sum(dim=-1) / masked.sum(dim=-1).clamp(min=1)).mean()  # iBOT Eq. 2
+    return ((cross * masked).sum(dim=-1) / masked.sum(dim=-1).clamp(min=1)).mean()  # iBOT L_MIM
 
 
 # ---- [shared: dino] centre

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -33,14 +34,14 @@ from tqdm import tqdm
 import common
 import networks
 from common import Stop
-from ranks import SyncBatchNorm, all_gather_rows, all_reduce_sum, average, local_rows, processes, rank
+from ranks import SyncBatchNorm, all_gather_rows, all_reduce_sum, average, local_rows, processes, rank, say
 
 TIMEOUT = timedelta(minutes=30)  # a process that is silent for longer is lost
 LARGEST = {int: 10**9, float: 1e30}  # what float32 and the machine bear
 CLAIMED = set()  # run folders that this process has
 MAY_DIFFER = {"resume", "out", "argv", "data", "data_root", "device", "workers", "compile", "eval_every", "tensorboard",
               "processes"}  # between a run and what resumes it
-LOWER = "stopped, the last checkpoint is good; try a lower --base-lr or leave out --amp, in another --out"
+LOWER = "stopped, nothing good is lost; try a lower learning rate, milder numbers or no --amp, in another --out"
 
 
 # ---- start and end
@@ -50,6 +51,7 @@ def launch(main, parse_args):
         if getattr(sys, name) is None:  # closed by whoever started this
             setattr(sys, name, open(os.devnull, "w"))
         getattr(sys, name).reconfigure(errors="backslashreplace")  # any name can be printed in any locale
+    warnings.filterwarnings("ignore", module="PIL|torchvision|torch.nn.init")  # of odd pictures and networks
     code = 0
     try:
         main(parse_args())
@@ -94,7 +96,7 @@ def set_up(args):
         libc = ctypes.CDLL("libc.so.6")  # which makes the augmentation twice as fast on the CPU
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block has a mapping of its own
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD, bytes
-    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    several = os.environ.get("WORLD_SIZE", "") not in ("", "1")
     name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
@@ -266,8 +268,7 @@ def knn_of_pixels(train, test, size, device):
     """kNN accuracy of the pictures themselves; None where that would take minutes, or on a GPU several GiB."""
     if train.pixels is None or len(train) * size**2 > (2e7 if torch.device(device).type == "cpu" else 2e8):
         return None
-    return common.knn_accuracy(train, test,
-                               lambda images: networks.extract_features(nn.Flatten(), images, size, device=device))
+    return common.knn_accuracy(train, test, partial(networks.extract_features, nn.Flatten(), size=size, device=device))
 
 
 def set_lr(optimizer, lr):
@@ -319,6 +320,8 @@ class Run:
         norms = [part for part in parts["model"].modules() if type(part) is not SyncBatchNorm]  # which see own rows
         self.statistics = [getattr(norm, name, None) for norm in norms for name in ("running_mean", "running_var")]
         if not path.exists():
+            if path.is_symlink() or (self.folder / "backbone.pt").exists():  # there was one
+                raise Stop(f"{path} of a trained network is gone: restore it, or start again with another --out")
             return 0, 0, None
         state = read(path)
         try:
@@ -356,12 +359,15 @@ class Run:
         state = dict({name: part.state_dict() for name, part in self.parts.items()}, epoch=epoch, step=step, keep=keep,
                      sums=self.sums, steps=self.steps, log=self.log, unreadable=dict(self.train.unreadable))
         refuse_not_finite(state, "after the last step")
+        late = []  # subtle: what is printed last, for who reads it may have left at the same Ctrl-C
         if row:
-            self.write(row())
+            self.write(row(), late.append)
         write_atomically(self.folder / "checkpoint.pt", state)
         number = int(all_gather_rows(torch.tensor([self.asked_to_stop()]), equal=True).max())  # all wait for the save
         if number:
             raise Stop(f"stopped, the state is in {self.folder}/checkpoint.pt: continue with --resume", 128 + number)
+        for line in late:
+            say(line)
 
     def timed(self, batches, epoch, steps):
         """The same batches, with a progress bar on a terminal; time between asking and getting counts as waiting."""
@@ -407,14 +413,16 @@ class Run:
         self.check()
         means = {name: total / self.steps for name, total in self.sums.items()}
         seconds = time.perf_counter() - self.begun
-        self.sums, self.steps = {}, 0
         due = epoch + 1 == self.args.epochs or (epoch + 1) % self.args.eval_every == 0
+        if due:  # an evaluation may fail: it costs no step
+            self.save(epoch, self.steps, keep)
+        self.sums, self.steps = {}, 0
         self.save(epoch + 1, 0, keep, lambda: dict(
             epoch=epoch + 1, **means, lr=self.parts["optimizer"].param_groups[0]["lr"],
             images_per_s=round(self.batch_size * self.here / seconds, 1), data_wait=round(self.waited / seconds, 4),
             peak_memory_gib=peak_memory(), knn=knn() if due else None, **notes, unreadable=len(self.train.unreadable)))
 
-    def write(self, row):
+    def write(self, row, show=say):
         """Append one object to log.jsonl and print it as one line."""
         self.log.append(row)
         write_atomically(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.log).encode())
@@ -425,8 +433,8 @@ class Run:
             for tag, v in ((f"{name}/{place}", v) for name in cells for place, v in enumerate(cells[name])):
                 self.board.add_scalar(tag, v, row["epoch"])
             self.board.flush()
-        say("  ".join(f"{name} {'/'.join(f'{v:.4g}' if isinstance(v, float) else str(v) for v in values)}"
-                      for name, values in cells.items()))
+        show("  ".join(f"{name} {'/'.join(f'{v:.4g}' if isinstance(v, float) else str(v) for v in values)}"
+                       for name, values in cells.items()))
 
     def save_backbone(self, net):
         """backbone.pt: torchvision's key names, without fc."""
@@ -448,8 +456,9 @@ class Run:
         if (self.folder / "tree.png").exists():
             say(f"\nthe learnt tree  {self.folder}/tree.png, and every picture's clusters in clusters.csv")
         more = " --data a/folder/with/labels" if self.train.labels is None else ""
+        script = os.path.relpath(Path(__file__).with_name("eval_linear.py"))
         say(f"the backbone     {self.folder}/backbone.pt\n"
-            f"next             python eval_linear.py --run {self.folder}{more}")
+            f"next             python {shlex.join([script, '--run', str(self.folder)])}{more}")
 
 
 def check_folder(folder, resume):
@@ -512,10 +521,7 @@ def circumstances():
 
 
 def read(path):
-    """What config.json ({"arguments": {}, "derived": {}}) or a torch file holds, its tensors on the CPU; else Stop.
-
-    Tensors and plain containers only: nothing is ever executed. Every byte is checked.
-    """
+    """What config.json ({"arguments": {}, "derived": {}}) or a torch file holds, on the CPU; no code runs. Or Stop."""
     try:
         if not path.is_file():  # a pipe would never end
             raise FileNotFoundError
@@ -543,12 +549,6 @@ def peak_memory():
 def feature_std(embedding):
     """Spread of the unit rows of all ranks' (b, D): 1 where they point everywhere, 0 where all point one way."""
     return all_gather_rows(embedding.detach(), equal=True).std(dim=0).mean() * embedding.shape[1] ** 0.5
-
-
-def say(line):
-    """Print on rank 0, at once."""
-    if rank() == 0:
-        print(line, flush=True)
 
 
 # ---- the tree one can look at

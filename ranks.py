@@ -22,6 +22,12 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def say(line):
+    """Print on rank 0, at once."""
+    if rank() == 0:
+        print(line, flush=True)
+
+
 def local_rows(n):
     """This rank's slice of n rows: contiguous, sizes differ by at most one."""
     return slice(n * rank() // processes(), n * (rank() + 1) // processes())

@@ -87,7 +87,7 @@ textures 3 hcsc.py --clusters 810 270 27 --prototype-weight 0
 textures 3 hcsc.py --clusters 810 270 27 9 3 --prototype-weight 1
 textures 5 hirl_moco.py --clusters 810 270 27 9 3
 
-validation 3 hirl_moco.py --clusters 0
+validation 9 hirl_moco.py --clusters 0
 validation 3 hirl_moco.py --clusters 810 270 27
 validation 3 hcsc.py --clusters 810 270 27 --prototype-weight 1
 validation 3 hcsc.py --clusters 810 270 27 --prototype-weight 0.3
@@ -101,7 +101,7 @@ validation 3 hirl_moco.py --clusters 270 90 9
 validation 3 hirl_moco.py --clusters 1620 540 54
 validation 3 hirl_moco.py --clusters 810 270 27 --path-weight 0.3
 validation 3 hirl_moco.py --clusters 810 270 27 --path-weight 3
-validation 3 hirl_moco.py --clusters 810 270 27 --warmup-epochs 6
+validation 9 hirl_moco.py --clusters 810 270 27 --warmup-epochs 6
 validation 3 hirl_moco.py --clusters 810 270 27 --warmup-epochs 42
 
 validation 3 hirl_simsiam.py --clusters 0
@@ -110,25 +110,25 @@ validation 3 hirl_simsiam.py --path-weight 1 --warmup-epochs 45
 validation 3 hirl_simsiam.py --path-weight 0.3
 validation 3 hirl_simsiam.py --path-weight 0.1
 
-bases 4 hirl_simclr.py --clusters 0
-bases 4 hirl_simclr.py
+bases 5 hirl_simclr.py --clusters 0
+bases 5 hirl_simclr.py
 
-bases 4 hirl_swav.py --clusters 0
-bases 4 hirl_swav.py
+bases 5 hirl_swav.py --clusters 0
+bases 5 hirl_swav.py
 
 bases 3 csml.py --neighbours 0
 bases 3 csml.py
 bases 3 csml.py --level-weights 0 0 0.5 1
 
-bases 4 hirl_simsiam.py --clusters 0
-bases 4 hirl_simsiam.py
+bases 5 hirl_simsiam.py --clusters 0
+bases 5 hirl_simsiam.py
 bases 3 hirl_simsiam.py --path-weight 1
 
-bases 4 hirl_mocov3.py --clusters 0
-bases 4 hirl_mocov3.py
+bases 5 hirl_mocov3.py --clusters 0
+bases 5 hirl_mocov3.py
 
-bases 4 hirl_dino.py --clusters 0
-bases 4 hirl_dino.py
+bases 5 hirl_dino.py --clusters 0
+bases 5 hirl_dino.py
 
 bases 3 hirl_ibot.py --clusters 0
 bases 3 hirl_ibot.py

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -124,7 +125,7 @@ VIEW = common.Augmentation(size=8)
 
 def plain_folder(root, n, damaged=(), size=8):
     """n pictures, the second one larger, so that they are decoded on demand; files of these numbers are damaged."""
-    root.mkdir()
+    root.mkdir(parents=True)
     for i in range(n):
         Image.new("RGB", (size + (i == 1), size), (i % 256, 7 * i % 256, 90)).save(root / f"{i:03d}.png")
     for i in damaged:
@@ -293,6 +294,31 @@ def test_the_fingerprint_follows_content_and_order_of_both_splits(large, tmp_pat
         c.unlink()
         seen.add(fingerprint())
     assert len(seen) == 7
+
+
+def test_a_copy_of_large_pictures_has_the_same_fingerprint(tmp_path):
+    folder = plain_folder(tmp_path / "pictures", 6, size=140)
+    first = common.load_data(str(folder))[0]
+    shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)  # without their times
+    assert first.pixels is None and common.load_data(f"{tmp_path}/copy")[0].fingerprint() == first.fingerprint()
+
+
+def test_hidden_folders_are_no_classes(tmp_path):
+    for place in ("train/a", "train/b", "train/.trash/c", "val/a", "val/b", "val/a/.ipynb_checkpoints"):
+        plain_folder(tmp_path / ".data" / place, 2)  # that the whole is hidden does not matter
+    train, test = common.load_data(str(tmp_path / ".data"))
+    assert (train.class_names, len(train), len(test)) == ([["a", "b"]], 4, 4)
+
+
+def test_other_classes_are_named(tmp_path):
+    for place in ("train/a/x", "train/b/y", "val/a/x", "val/b/z"):
+        plain_folder(tmp_path / place, 2)
+    with pytest.raises(common.Stop, match="val has other classes than the training pictures .b/z."):
+        common.load_data(str(tmp_path))
+    shutil.rmtree(tmp_path / "val/b")
+    (tmp_path / "val/a/x/000.png").rename(tmp_path / "val/a/000.png")
+    with pytest.raises(common.Stop, match="fewer levels"):
+        common.load_data(str(tmp_path))
 
 
 # ---- more ranks than pictures; one that downloads

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision.transforms.functional as TF
 from PIL import Image
+from torch.testing import assert_close
 
 import common
 import eval_linear as ev
@@ -249,7 +251,8 @@ PREFIXES = ["", "module.", "encoder_q.", "module.encoder_q.", "backbone.", "enco
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": s}])
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": s},
+                                  lambda s: {"student": {}, "teacher": s}])
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_weights_are_found_under_any_prefix(prefix, wrap, arch):
     """Another network in the file comes first, and is not taken: a key encoder, a student."""
@@ -295,7 +298,7 @@ def test_a_resnet34_is_not_a_resnet18():
 
 
 def test_a_vit_for_other_pictures_is_refused():
-    with pytest.raises(common.Stop, match="pos_embedding.*correct --arch, --stem or --image-size"):
+    with pytest.raises(common.Stop, match="pos_embedding.*correct --arch, --stem, --image-size"):
         load(networks.backbone("vit-8-32-2", "7x7", 24)[0], network_and_state(*ARCHITECTURES["vit"])[1])
 
 
@@ -523,6 +526,33 @@ def test_a_full_disk_and_an_interrupt_are_one_sentence(run, monkeypatch, capsys,
     monkeypatch.setitem(ev.PROTOCOLS, "knn", lambda task: (_ for _ in ()).throw(KeyboardInterrupt))
     code, _, errors = evaluate(monkeypatch, capsys, "--run", run, "--protocol", "knn", "--out", tmp_path / "e.json")
     assert code == 130 and errors.count("\n") == 1 and "step" not in errors and "--resume" not in errors
+
+
+def test_a_protocol_that_fails_leaves_the_results_of_the_others(run, monkeypatch, capsys, tmp_path):
+    code, text, errors = evaluate(monkeypatch, capsys, "--run", run, "--protocol", "knn", "finetune", "--k", 3,
+                                  "--lr-head", 1e8, "--finetune-epochs", 2, "--out", tmp_path / "e.json")
+    assert code == 1 and "fine-tuning diverged" in errors and "top1" in text
+    written = json.loads((tmp_path / "e.json").read_text())
+    assert written["results"].keys() == written["seconds"].keys() == {"knn"}
+
+
+def test_a_pipe_is_no_result_and_an_empty_word_no_world(run, monkeypatch, capsys, tmp_path):
+    os.mkfifo(tmp_path / "e.json")
+    code, _, errors = evaluate(monkeypatch, capsys, "--run", run, "--out", tmp_path / "e.json")
+    assert code == 2 and "cannot be written" in errors
+    monkeypatch.setenv("WORLD_SIZE", "")
+    argv = "--run", run, "--protocol", "knn", "--k", 3, "--out", tmp_path / "f.json"
+    assert evaluate(monkeypatch, capsys, *argv)[0] == 0
+
+
+def test_pixels_as_imagenets_networks_expect_them(run):
+    """Fed what a backbone here is fed, the network behind --pixels imagenet sees (x - mean) / std."""
+    args = ev.parse_args(["--run", str(run), "--pixels", "imagenet"])
+    network, plain = ev.load_backbone(args), ev.load_backbone(ev.parse_args(["--run", str(run)]))
+    x = torch.rand(4, 3, 16, 16)
+    want = plain(TF.normalize(x, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    assert_close(network(common.normalize_pixels(x)), want, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(plain(common.normalize_pixels(x)), want, rtol=1e-2)
 
 
 def test_votes_are_finite_at_any_temperature(run, monkeypatch, capsys, tmp_path):

@@ -91,7 +91,9 @@ def test_the_log_has_a_row_an_epoch(whole):
 
 def test_the_last_lines_say_what_was_reached_and_what_is_next(whole):
     _, folder, printed = whole
-    assert printed.splitlines()[-1].split() == ["next", "python", "eval_linear.py", "--run", str(folder)]
+    *python, script, flag, out = printed.splitlines()[-1].split()
+    assert (python, flag, out) == (["next", "python"], "--run", str(folder))
+    assert (folder.parent / script).resolve() == ROOT / "eval_linear.py"  # from where the run was started
     trained = next(line for line in printed.splitlines() if line.startswith("trained network"))
     assert [float(x) for x in trained.split()[2:]] == [round(v, 1) for v in log(folder)[-1]["knn"]]
 
@@ -180,6 +182,42 @@ def test_what_cannot_be_read_is_known_to_the_resumed_run(tmp_path):
     run(tmp_path, "hirl_moco", argv, code=143, stop_at=(STEPS + 2, signal.SIGTERM))
     run(tmp_path, "hirl_moco", argv + ["--resume"])
     assert [row.get("unreadable") for row in log(tmp_path / "run")] == [None, 1, 1]
+
+
+def test_an_evaluation_that_fails_costs_no_step(pictures, tmp_path):
+    """At the end of the second epoch: its steps are saved, and the same command with --resume goes on behind them."""
+    argv = arguments("hirl_moco", pictures, "run")
+    code = """if True:
+        import sys, common, hirl_moco, plumbing
+        real, calls = common.knn_accuracy, []
+        def failing(*args):
+            calls.append(args)
+            if len(calls) == 4:  # after those of pixels, of the untrained network, of the first epoch
+                raise common.Stop("the test pictures are gone")
+            return real(*args)
+        common.knn_accuracy, sys.argv[0] = failing, "hirl_moco.py"
+        plumbing.launch(hirl_moco.main, hirl_moco.parse_args)"""
+    done = subprocess.run([sys.executable, "-c", code, *argv], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stderr) == (2, "hirl_moco.py: the test pictures are gone\n"), done.stderr
+    state = load(tmp_path / "run/checkpoint.pt")
+    assert (state["epoch"], state["step"], state["steps"]) == (1, STEPS, STEPS) and len(log(tmp_path / "run")) == 2
+    run(tmp_path, "hirl_moco", argv + ["--resume"])
+    run(tmp_path, "hirl_moco", [*argv, "--out", "undisturbed"])
+    compare_runs(tmp_path / "run", tmp_path / "undisturbed")
+
+
+def test_a_run_whose_checkpoint_is_gone_does_not_begin_anew(stopped, tmp_path):
+    """What it left is a trained network's, and a link to nothing had a checkpoint behind it."""
+    for name in ("finished", "linked"):
+        shutil.copytree(stopped, tmp_path / name)
+        (tmp_path / name / "checkpoint.pt").unlink()
+    (tmp_path / "finished/backbone.pt").write_bytes(b"precious")
+    (tmp_path / "linked/checkpoint.pt").symlink_to(tmp_path / "purged.pt")
+    for name in ("finished", "linked"):
+        before = (tmp_path / name / "log.jsonl").read_bytes()
+        refused(tmp_path, "hirl_moco", ["--resume", "--out", name], f"{name}/checkpoint.pt gone restore")
+        assert (tmp_path / name / "log.jsonl").read_bytes() == before
 
 
 def test_lars_stopped_and_resumed_is_the_same_run(pictures, tmp_path):
@@ -559,6 +597,9 @@ def test_nobody_reads_or_hears_it(pictures, tmp_path):
     command = f"$PYTHON {ROOT}/hirl_moco.py " + " ".join(arguments("hirl_moco", pictures, "run", plain=True, epochs=1))
     done = shell(command + " | head -1; echo ${PIPESTATUS[0]}", tmp_path)
     assert done.stdout.splitlines()[1:] == ["141"] and done.stderr == "", done.stderr
+    reader = " | sed /^epoch.0/q > /dev/null; echo ${PIPESTATUS[0]}"  # it leaves before the first epoch is printed
+    done = shell(command.replace("--out run", "--out epoch") + reader, tmp_path)
+    assert (done.stdout, done.stderr) == ("141\n", "") and load(tmp_path / "epoch/checkpoint.pt")["epoch"] == 1
     done = shell(command.replace("--out run", "--out other") + " 2>&-", tmp_path)
     assert done.returncode == 0 and (tmp_path / "other/backbone.pt").exists()
 

@@ -83,7 +83,7 @@ def slow_view(image, draw, augmentation):
     if draw["gray"]:
         x = TF.rgb_to_grayscale(x, 3)
     if draw["blur"] > 0:
-        x = TF.gaussian_blur(x, [3, 3], [draw["blur"].item()] * 2)
+        x = TF.gaussian_blur(x, [13, 13], [draw["blur"].item()] * 2)  # to three deviations of 2 pixels
     if draw["solarize"] < 1:
         x = TF.solarize(x, draw["solarize"].item())
     return (x - 0.5) / 0.25
