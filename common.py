@@ -69,7 +69,7 @@ class Images:
         return len(self.names)
 
     def fingerprint(self):
-        """A short hash of the pictures, test split and all, and their order, so that a run is not resumed on others."""
+        """A short hash of the pictures in order, both splits; of large ones all sizes, and the start of a thousand."""
         digest = hashlib.blake2b(digest_size=6)
         for images in (self, self.test) if self.test else (self,):
             digest.update(repr(images.names).encode())
@@ -78,7 +78,7 @@ class Images:
                 continue
             files = [path for path in images.paths if os.path.isfile(path) and os.access(path, os.R_OK)]
             digest.update(repr([*map(os.path.getsize, files)]).encode())
-            for path in files[::len(files) // 1000 + 1]:  # their bytes, not their times: a copy is the same
+            for path in files[::len(files) // 1000 + 1]:
                 digest.update(np.fromfile(path, np.uint8, 2**18))
         return digest.hexdigest()
 
@@ -199,8 +199,9 @@ def folder(root, class_names=None):
     levels = [["/".join(parts[:d + 1]) for parts in parents] for d in range(depth)]
     class_names = [sorted(set(level)) for level in levels] if class_names is None else class_names
     strange = [c for level, known in zip(levels, class_names) for c in sorted({*level} - {*known})]
-    if strange := strange or ["fewer levels"] * (len(class_names) > depth):
-        raise Stop(f"{root} has other classes than the training pictures ({strange[0]}): give both the same folders")
+    if strange or len(class_names) > depth:
+        bad = strange[0] if strange else "fewer levels"
+        raise Stop(f"{root} has other classes than the training pictures ({bad}): give both the same sub-folders")
     labels = [torch.from_numpy(np.searchsorted(known, level)) for known, level in zip(class_names, levels)]
     images = Images(names, torch.stack(labels, 1) if labels else None, class_names, paths=paths)
     images.pixels = in_memory(images)
@@ -721,8 +722,7 @@ def hierarchical_kmeans(x, clusters, *, temperature, iterations=20, seed=0):
             # centroids worse than a random start. The square root of it beats a random start at both.
             init = greedy_seeds(items, images.sqrt(), k, torch.Generator().manual_seed(seed))
         centroids, label = kmeans(items, k, iterations=iterations, seed=seed, init=init)
-        raw.append(centroids)
-        labels.append(label)
+        raw, labels = [*raw, centroids], [*labels, label]
         images = all_reduce_sum(label.bincount(images, minlength=k).double())[local_rows(k)]
         items = F.normalize(centroids, dim=1)[local_rows(k)]
     return hierarchy_from_centroids(x, raw, temperature, labels=labels)

@@ -197,7 +197,7 @@ def find_backbone(state, source):
     """What torch.load gave -> (its tensors by name, the prefix of the backbone's names).
 
     `state` is a state dict, or holds one under "state_dict", "model" or "teacher". Any prefix will do; of several
-    networks the teacher is taken (DINO), or else the query encoder (MoCo). Raises Stop, naming `source`, without any.
+    networks the teacher is taken, or else the query encoder. Raises Stop, naming `source`, when there is none.
     """
     for key in ("state_dict", "model", "teacher"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
@@ -206,7 +206,7 @@ def find_backbone(state, source):
     marks = "layer1.0.conv1.weight", "conv_proj.weight"
     prefixes = [name.removesuffix(mark) for name in tensors for mark in marks if name.endswith(mark)]
     if not prefixes:
-        raise Stop(f"{source} holds no weights of a ResNet or ViT (no name ends in {' or '.join(marks)}): give others")
+        raise Stop(f"{source} holds no weights of a ResNet or ViT (no {' or '.join(marks)}): give another file")
     return tensors, min(prefixes, key=lambda prefix: ("teacher" not in prefix, "encoder_k" in prefix))
 
 
@@ -592,7 +592,7 @@ def main(args):
     try:
         evaluate(args)
     except FloatingPointError as error:
-        raise Stop(f"the features of {args.backbone or args.run} are not finite, or too large: give others") from error
+        raise Stop(f"features of {args.backbone or args.run} not finite, or too large: give another network") from error
 
 
 # ---- entry

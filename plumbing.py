@@ -13,7 +13,6 @@ import io
 import json
 import os
 import re
-import shlex
 import signal
 import sys
 import time
@@ -41,7 +40,7 @@ LARGEST = {int: 10**9, float: 1e30}  # what float32 and the machine bear
 CLAIMED = set()  # run folders that this process has
 MAY_DIFFER = {"resume", "out", "argv", "data", "data_root", "device", "workers", "compile", "eval_every", "tensorboard",
               "processes"}  # between a run and what resumes it
-LOWER = "stopped, nothing good is lost; try a lower learning rate, milder numbers or no --amp, in another --out"
+LOWER = "stopped, any checkpoint is good; try a lower --base-lr, other numbers or no --amp, in another --out"
 
 
 # ---- start and end
@@ -320,7 +319,7 @@ class Run:
         norms = [part for part in parts["model"].modules() if type(part) is not SyncBatchNorm]  # which see own rows
         self.statistics = [getattr(norm, name, None) for norm in norms for name in ("running_mean", "running_var")]
         if not path.exists():
-            if path.is_symlink() or (self.folder / "backbone.pt").exists():  # there was one
+            if path.is_symlink() or any(log.read_bytes().count(b"\n") > 2 for log in self.folder.glob("log.jsonl")):
                 raise Stop(f"{path} of a trained network is gone: restore it, or start again with another --out")
             return 0, 0, None
         state = read(path)
@@ -353,19 +352,24 @@ class Run:
         return self.signal
 
     def save(self, epoch, step, keep, row=None):
-        """row() into the log, then checkpoint.pt, of a finite network only; after a signal Stop, on all ranks."""
+        """checkpoint.pt, of a finite network only; row() ends an epoch. After a signal Stop, on all ranks."""
         self.check()
         keep = tuple(keep) if isinstance(keep, tuple) else keep  # a Hierarchy as plain containers
         state = dict({name: part.state_dict() for name, part in self.parts.items()}, epoch=epoch, step=step, keep=keep,
                      sums=self.sums, steps=self.steps, log=self.log, unreadable=dict(self.train.unreadable))
         refuse_not_finite(state, "after the last step")
-        late = []  # subtle: what is printed last, for who reads it may have left at the same Ctrl-C
+        path, late = self.folder / "checkpoint.pt", []  # late: printed last, for its reader may have left
         if row:
-            self.write(row(), late.append)
-        write_atomically(self.folder / "checkpoint.pt", state)
-        number = int(all_gather_rows(torch.tensor([self.asked_to_stop()]), equal=True).max())  # all wait for the save
-        if number:
-            raise Stop(f"stopped, the state is in {self.folder}/checkpoint.pt: continue with --resume", 128 + number)
+            try:
+                self.write(row(), late.append)
+            except (Stop, OSError, KeyboardInterrupt):  # an evaluation that fails costs no step
+                write_atomically(path, state)
+                raise
+            self.sums, self.steps = {}, 0
+            state |= dict(epoch=epoch + 1, step=0, sums={}, steps=0)
+        write_atomically(path, state)
+        if number := int(all_gather_rows(torch.tensor([self.asked_to_stop()]), equal=True).max()):  # all wait for it
+            raise Stop(f"stopped, the state is in {path}: continue with --resume", 128 + number)
         for line in late:
             say(line)
 
@@ -382,8 +386,7 @@ class Run:
     def end_step(self, epoch, step, values, keep):
         """Add a dict of scalars, means over this rank's rows, to the epoch's; after a signal on any rank save and stop.
 
-        subtle: they are read, and refused, at the end of the next step, so that nobody waits for a GPU. So is the news
-        of another rank's signal, which goes with them.
+        subtle: they, and with them the news of a signal, are read at the end of the next step: nobody waits for a GPU.
         """
         self.check()
         average(self.statistics)
@@ -414,18 +417,14 @@ class Run:
         means = {name: total / self.steps for name, total in self.sums.items()}
         seconds = time.perf_counter() - self.begun
         due = epoch + 1 == self.args.epochs or (epoch + 1) % self.args.eval_every == 0
-        if due:  # an evaluation may fail: it costs no step
-            self.save(epoch, self.steps, keep)
-        self.sums, self.steps = {}, 0
-        self.save(epoch + 1, 0, keep, lambda: dict(
+        self.save(epoch, self.steps, keep, lambda: dict(
             epoch=epoch + 1, **means, lr=self.parts["optimizer"].param_groups[0]["lr"],
             images_per_s=round(self.batch_size * self.here / seconds, 1), data_wait=round(self.waited / seconds, 4),
             peak_memory_gib=peak_memory(), knn=knn() if due else None, **notes, unreadable=len(self.train.unreadable)))
 
     def write(self, row, show=say):
         """Append one object to log.jsonl and print it as one line."""
-        self.log.append(row)
-        write_atomically(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.log).encode())
+        write_atomically(self.folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in [*self.log, row]).encode())
         cells = {name: v if isinstance(v, list) else [v] for name, v in row.items() if v is not None}
         if self.args.tensorboard and rank() == 0:
             from torch.utils.tensorboard import SummaryWriter
@@ -433,6 +432,7 @@ class Run:
             for tag, v in ((f"{name}/{place}", v) for name in cells for place, v in enumerate(cells[name])):
                 self.board.add_scalar(tag, v, row["epoch"])
             self.board.flush()
+        self.log.append(row)
         show("  ".join(f"{name} {'/'.join(f'{v:.4g}' if isinstance(v, float) else str(v) for v in values)}"
                        for name, values in cells.items()))
 
@@ -456,9 +456,9 @@ class Run:
         if (self.folder / "tree.png").exists():
             say(f"\nthe learnt tree  {self.folder}/tree.png, and every picture's clusters in clusters.csv")
         more = " --data a/folder/with/labels" if self.train.labels is None else ""
-        script = os.path.relpath(Path(__file__).with_name("eval_linear.py"))
-        say(f"the backbone     {self.folder}/backbone.pt\n"
-            f"next             python {shlex.join([script, '--run', str(self.folder)])}{more}")
+        words = str(Path(sys.argv[0]).with_name("eval_linear.py")), "--run", str(self.folder)
+        line = " ".join(f'"{word}"' if " " in word else word for word in words)
+        say(f"the backbone     {self.folder}/backbone.pt\nnext             python {line}{more}")
 
 
 def check_folder(folder, resume):
@@ -521,7 +521,7 @@ def circumstances():
 
 
 def read(path):
-    """What config.json ({"arguments": {}, "derived": {}}) or a torch file holds, on the CPU; no code runs. Or Stop."""
+    """What config.json or a torch file holds, tensors on the CPU; else Stop. Executes nothing, checks every byte."""
     try:
         if not path.is_file():  # a pipe would never end
             raise FileNotFoundError

@@ -198,7 +198,7 @@ def test_the_limit_of_unreadable_pictures_counts_those_of_all_ranks(tmp_path):
     """Two of 240 are allowed; one rank meets one, the other two: both stop, with all three names."""
     folder = plain_folder(tmp_path / "pictures", 240, damaged=(10, 150, 200))
     for _, _, _, ended in in_ranks(functools.partial(features_of, folder), tmp_path):
-        assert "3 of 240 pictures cannot be read" in ended and "010.png, 150.png, 200.png" in ended
+        assert "3 of 240 pictures cannot be read" in ended and f"in {folder}/, 010.png, 150.png, 200.png" in ended
 
 
 @pytest.mark.parametrize("content", (b"BLP2" + bytes(60), b"\0\0\0\x1cftypavif" + bytes(40), b"", RuntimeError,
@@ -301,6 +301,20 @@ def test_a_copy_of_large_pictures_has_the_same_fingerprint(tmp_path):
     first = common.load_data(str(folder))[0]
     shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)  # without their times
     assert first.pixels is None and common.load_data(f"{tmp_path}/copy")[0].fingerprint() == first.fingerprint()
+
+
+def test_the_fingerprint_of_large_pictures_sees_bytes_and_sizes(tmp_path):
+    """Same length, other bytes, in a file that is neither first nor last; a byte behind those that are read."""
+    for i in range(5):
+        Image.new("RGB", (400, 400), (i, 0, 0)).save(tmp_path / f"{i}.bmp")
+    first = common.load_data(str(tmp_path))[0].fingerprint()
+    content = bytearray((tmp_path / "2.bmp").read_bytes())
+    content[1000] ^= 255
+    (tmp_path / "2.bmp").write_bytes(content)
+    second = common.load_data(str(tmp_path))[0].fingerprint()
+    with open(tmp_path / "3.bmp", "ab") as f:
+        f.write(b"x")
+    assert len({first, second, common.load_data(str(tmp_path))[0].fingerprint()}) == 3
 
 
 def test_hidden_folders_are_no_classes(tmp_path):

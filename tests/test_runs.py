@@ -184,37 +184,42 @@ def test_what_cannot_be_read_is_known_to_the_resumed_run(tmp_path):
     assert [row.get("unreadable") for row in log(tmp_path / "run")] == [None, 1, 1]
 
 
-def test_an_evaluation_that_fails_costs_no_step(pictures, tmp_path):
+@pytest.mark.parametrize("error, ended, kept", (
+    ("common.Stop('the test pictures are gone')", 2, (1, STEPS, STEPS)),
+    ("FloatingPointError", 1, (1, 0, 0)),  # a network that explodes never takes the place of a good one
+))
+def test_an_evaluation_that_fails_costs_no_step(error, ended, kept, pictures, tmp_path):
     """At the end of the second epoch: its steps are saved, and the same command with --resume goes on behind them."""
     argv = arguments("hirl_moco", pictures, "run")
-    code = """if True:
+    code = f"""if True:
         import sys, common, hirl_moco, plumbing
         real, calls = common.knn_accuracy, []
         def failing(*args):
             calls.append(args)
             if len(calls) == 4:  # after those of pixels, of the untrained network, of the first epoch
-                raise common.Stop("the test pictures are gone")
+                raise {error}
             return real(*args)
         common.knn_accuracy, sys.argv[0] = failing, "hirl_moco.py"
         plumbing.launch(hirl_moco.main, hirl_moco.parse_args)"""
     done = subprocess.run([sys.executable, "-c", code, *argv], cwd=tmp_path, capture_output=True, text=True,
                           timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert (done.returncode, done.stderr) == (2, "hirl_moco.py: the test pictures are gone\n"), done.stderr
+    assert done.returncode == ended and done.stderr.count("\n") == 1, done.stderr
     state = load(tmp_path / "run/checkpoint.pt")
-    assert (state["epoch"], state["step"], state["steps"]) == (1, STEPS, STEPS) and len(log(tmp_path / "run")) == 2
+    assert tuple(state[name] for name in ("epoch", "step", "steps")) == kept and len(log(tmp_path / "run")) == 2
     run(tmp_path, "hirl_moco", argv + ["--resume"])
     run(tmp_path, "hirl_moco", [*argv, "--out", "undisturbed"])
     compare_runs(tmp_path / "run", tmp_path / "undisturbed")
 
 
 def test_a_run_whose_checkpoint_is_gone_does_not_begin_anew(stopped, tmp_path):
-    """What it left is a trained network's, and a link to nothing had a checkpoint behind it."""
-    for name in ("finished", "linked"):
+    """Two epochs in its log, or a link to nothing: there was one."""
+    for name in ("trained", "linked"):
         shutil.copytree(stopped, tmp_path / name)
         (tmp_path / name / "checkpoint.pt").unlink()
-    (tmp_path / "finished/backbone.pt").write_bytes(b"precious")
+    with open(tmp_path / "trained/log.jsonl", "a") as f:
+        f.write('{"epoch": 2}\n')
     (tmp_path / "linked/checkpoint.pt").symlink_to(tmp_path / "purged.pt")
-    for name in ("finished", "linked"):
+    for name in ("trained", "linked"):
         before = (tmp_path / name / "log.jsonl").read_bytes()
         refused(tmp_path, "hirl_moco", ["--resume", "--out", name], f"{name}/checkpoint.pt gone restore")
         assert (tmp_path / name / "log.jsonl").read_bytes() == before
@@ -430,6 +435,11 @@ def test_a_gradient_that_is_not_finite_is_never_saved(script, pictures, tmp_path
     assert state["epoch"] == 1 and all(value.isfinite().all() for value in state["model"].values())
     if script == "hirl_swav":
         assert "model.swav_prototypes = nan" in played.err
+
+
+def test_torchvision_s_warnings_are_not_shown(pictures, tmp_path):
+    """One sentence, where it warns three times of how long GoogLeNet takes to initialise."""
+    refused(tmp_path, "hirl_moco", arguments("hirl_moco", pictures, "run", arch="googlenet"), "googlenet")
 
 
 def test_crops_too_small_for_the_network(pictures, tmp_path):

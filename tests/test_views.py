@@ -163,6 +163,13 @@ def test_without_crops_the_centre_is_taken():
         assert_close(render_view(images, {}, Augmentation(size)), normalize_pixels(want), **close)
 
 
+def test_a_blur_reaches_no_farther_than_the_view():
+    images = rand_images(n=2).mul(255).byte()
+    for size in (1, 2, 5):
+        view = common.Augmentation(size=size, blur_p=1.0)
+        assert render_view(images, common.draw_view(2, view, torch.Generator()), view).isfinite().all()
+
+
 def test_blur_that_is_drawn_for_no_sample_changes_nothing():
     images = (rand_images(4, 24, 24) * 255).byte()
     view = EVERYTHING._replace(blur_p=1e-9)
