@@ -33,7 +33,7 @@ Differs from paper or released code
                 each of prototypes. They select no instances unless --local-selection: the release never reads its flag
   prototype     as released: an image's own are its k-means cluster and that one's ancestors, not the most similar at
                 each level; phi above level 0 is taken over child prototypes, not images; clip and scale are PCL's
-  lr, presets   cosine per step (release: per epoch); below ImageNet finer trees, --prototype-weight below 1 (README)
+  lr, presets   cosine per step (release: per epoch); below ImageNet finer trees, --prototype-weight 0 to 0.3 (README)
 
 In the log  without a tree moco; with it instance, prototype (small crops: _local), dropped_l, the share left out. In
             config.json: chance_level_loss, moco's; instance's, as in the paper: mean of ln(1 + Q (1 - dropped_l))
@@ -62,7 +62,7 @@ PRESETS = {
                      warmup_epochs=8, bn="sync", prototype_weight=0.3),
     "cifar": dict(arch="resnet18", stem="3x3", projector="mlp-bn", image_size=32, epochs=200, batch_size=512,
                   base_lr=0.06, weight_decay=5e-4, ema_momentum=0.99, queue_size=4096, clusters=[3000, 1000, 100],
-                  warmup_epochs=20, bn="sync", prototype_weight=0.1),
+                  warmup_epochs=20, bn="sync", prototype_weight=0.0),
     "photos": dict(arch="resnet18", stem="7x7", projector="mlp-bn", image_size=96, epochs=200, batch_size=256,
                    base_lr=0.06, weight_decay=5e-4, ema_momentum=0.99, queue_size=4096, clusters=[3000, 1000, 100],
                    warmup_epochs=20, bn="sync", prototype_weight=0.1),

@@ -143,8 +143,8 @@ cifar100-12 3 hirl_moco.py --clusters 0
 cifar100-12 3 hirl_moco.py
 cifar100-12 3 hirl_moco.py --path-weight 1
 cifar100-12 3 hcsc.py
+cifar100-12 3 hcsc.py --prototype-weight 0.1
 cifar100-12 3 hcsc.py --prototype-weight 1
-cifar100-12 1 hcsc.py --prototype-weight 0
 
 cifar100-validation 3 hirl_moco.py --clusters 0
 cifar100-validation 3 hirl_moco.py --path-weight 1
@@ -154,7 +154,7 @@ cifar100-validation 1 hcsc.py --prototype-weight 1
 cifar100-validation 3 hcsc.py --prototype-weight 0.3
 cifar100-validation 3 hcsc.py --prototype-weight 0.1
 cifar100-validation 1 hcsc.py --prototype-weight 0.03
-cifar100-validation 1 hcsc.py --prototype-weight 0
+cifar100-validation 3 hcsc.py --prototype-weight 0
 
 health 1 hirl_simsiam.py --clusters 0
 health 1 hirl_simsiam.py

@@ -83,7 +83,7 @@ def test_prototype_weight_scales_the_prototype_terms_alone():
                    for weight in (1.0, 0.3))
     for name, term in once.items():
         assert third[name].item() == pytest.approx(term.item() * (0.3 if "prototype" in name else 1), rel=1e-6)
-    for flags, weight in {"": 0.3, "--preset cifar": 0.1, "--preset imagenet": 1, "--release": 1,
+    for flags, weight in {"": 0.3, "--preset cifar": 0, "--preset photos": 0.1, "--preset imagenet": 1, "--release": 1,
                           "--prototype-weight 0 --release": 0}.items():
         assert hcsc.parse_args(flags.split()).prototype_weight == weight
 
