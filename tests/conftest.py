@@ -34,7 +34,7 @@ TINY = (f"--arch tiny --image-size 16 --epochs {EPOCHS} --batch-size {BATCH} --w
         "--workers 0 --base-lr 0.02")
 OWN = {  # small numbers for the arguments that a script has for itself
     "hirl_moco": "--clusters 12 4 2 --queue-size 32 --negative-paths 20",
-    "hcsc": "--clusters 12 4 2 --queue-size 32",
+    "hcsc": "--clusters 12 4 2 --queue-size 32 --prototype-weight 0.1",
     "hirl_simclr": "--clusters 12 4 2 --negative-paths 20 --temperature 1",  # low ones magnify rounding
     "csml": "--clusters 12 4 2 --queue-size 32 --neighbours 4 --refresh-every 2 --base-lr 0.005",
     "hirl_swav": "--clusters 12 4 2 --queue-size 32 --queue-epoch 0 --negative-paths 20 --prototypes 24 "

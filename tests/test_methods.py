@@ -421,7 +421,7 @@ def test_the_loop_of_hcsc_reads_as_paper_and_release_say(release, tmp_path, pict
         weight = 1.0 if release else 0.3
         return {"instance": instance.sum() if release else instance.mean(), "prototype": weight * prototype.mean()}
 
-    flags = ["--release"] if release else ["--prototype-weight", "0.3"]
+    flags = ["--prototype-weight", "1", "--release"] if release else ["--prototype-weight", "0.3"]
     args, rows = run(hcsc, tmp_path / "run", pictures, *flags, epochs=2)
     two_epochs_of_moco(hcsc, args, rows, 0, terms)
 
