@@ -116,8 +116,8 @@ bases 5 hirl_simclr.py
 bases 5 hirl_swav.py --clusters 0
 bases 5 hirl_swav.py
 
-bases 4 csml.py --neighbours 0
-bases 4 csml.py
+bases 5 csml.py --neighbours 0
+bases 5 csml.py
 bases 3 csml.py --level-weights 0 0 0.5 1
 
 bases 5 hirl_simsiam.py --clusters 0
