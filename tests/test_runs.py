@@ -437,9 +437,12 @@ def test_a_gradient_that_is_not_finite_is_never_saved(script, pictures, tmp_path
         assert "model.swav_prototypes = nan" in played.err
 
 
-def test_torchvision_s_warnings_are_not_shown(pictures, tmp_path):
-    """One sentence, where it warns three times of how long GoogLeNet takes to initialise."""
-    refused(tmp_path, "hirl_moco", arguments("hirl_moco", pictures, "run", arch="googlenet"), "googlenet")
+def test_others_warnings_are_not_shown(copied, tmp_path):
+    """Of how long GoogLeNet takes to initialise, of a palette with transparency in bytes."""
+    root, paths = copied
+    Image.open(paths[3]).convert("P").save(paths[3], transparency=bytes([0, 128, 255]))
+    refused(tmp_path, "hirl_moco", arguments("hirl_moco", root, "run", arch="googlenet"), "googlenet")
+    assert run(tmp_path, "hirl_moco", arguments("hirl_moco", root, "run", plain=True, epochs=1)).err == ""
 
 
 def test_crops_too_small_for_the_network(pictures, tmp_path):
@@ -670,12 +673,13 @@ def test_raw_pixels_of_many_pictures_are_not_classified_on_the_cpu():
 def test_the_last_lines_without_an_accuracy_of_raw_pixels(tmp_path, monkeypatch, capsys):
     """They are left out where 50,000 pictures or more would take minutes."""
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
-    done = plumbing.Run(hirl_moco.parse_args(["--out", str(tmp_path / "run")]))
+    done = plumbing.Run(hirl_moco.parse_args(["--out", str(tmp_path / "my run")]))
     done.train = common.Images(["a"], torch.zeros(1, 1, dtype=torch.long), [["x"]])
     done.log = [dict(epoch=0, knn=[20.0], knn_pixels=None), dict(epoch=1, knn=[60.0])]
     done.verdict()
     printed = capsys.readouterr().out
     assert "raw pixels" not in printed and re.search(r"trained network +60\.0\nerror, of before +0\.50x\n", printed)
+    assert printed.endswith(f'--run "{tmp_path}/my run"\n')  # fit to be pasted
 
 
 def test_the_last_lines_where_no_error_was_left(tmp_path, monkeypatch, capsys):
