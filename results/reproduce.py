@@ -51,8 +51,9 @@ STUDIES = {  # arguments of all runs of a study; those of their evaluation (None
     "textures": ("--epochs 60 --eval-every 5", "--protocol linear knn hierarchy --lr 0.3 --clusters 27 9 3"),
     "validation": ("--epochs 60 --eval-every 20 --validation", None),  # the test pictures are never read
     "bases": ("--epochs 60 --eval-every 5", "--protocol linear knn hierarchy --lr 0.3 --clusters 27 9 3"),
-    "cifar100": ("--data {cifar100} --arch tiny --stem 3x3s2 --batch-size 64 --base-lr 0.48 --ema-momentum 0.99 "
-                 "--epochs 30 --eval-every 3", "--protocol linear knn hierarchy --lr 0.3 --clusters 100 20"),
+    "cifar100": ("--data {cifar100} --preset cifar --arch tiny --stem 3x3s2 --batch-size 64 --base-lr 0.48 "
+                 "--ema-momentum 0.99 --epochs 30 --eval-every 3",
+                 "--protocol linear knn hierarchy --lr 0.3 --epochs 30 --clusters 100 20"),
     "cifar100-12": ("--data {cifar100} --preset cifar --arch tiny --stem 3x3s2 --batch-size 64 --base-lr 0.48 "
                     "--ema-momentum 0.99 --epochs 12 --warmup-epochs 3 --eval-every 3",
                     "--protocol linear knn hierarchy --lr 0.3 --epochs 30 --clusters 100 20"),
