@@ -4,8 +4,8 @@ Read a script first (hirl_moco.py), and come here when you want to know how a he
 they can be: tensors and numbers in, tensors out, randomness through a generator or an argument that is already drawn.
 Below is ranks.py (several processes as one); above are networks.py (backbones, features) and plumbing.py (a run).
 
-Letters: B batch, D embedding, F backbone feature, N images, L levels, K_l clusters at level l, M negative paths,
-V views, H W picture height and width, S side of a view. Rows are items, always.
+Letters: B batch, N images, b n this rank's share of them, D embedding, F backbone feature, L levels, K_l clusters at
+level l, M negative paths, Q queue, V views, H W picture height and width, S side of a view. Rows are items, always.
 Levels of the tree count from the finest (level 0) up; labels count from the coarsest (depth 0) down.
 """
 
@@ -54,9 +54,9 @@ class Images:
 
     names: list
     labels: Tensor | None = None  # (N, depth) int64, coarse to fine
-    class_names: list = ()  # a label depth, the names its integers stand for
-    pixels: Tensor | None = None  # (N, 3, H, W) uint8 where all share one small size; without them
-    paths: list | None = None  # these files are decoded on demand
+    class_names: list = ()  # per label depth, the names its integers stand for
+    pixels: Tensor | None = None  # (N, 3, H, W) uint8 where all share one small size
+    paths: list | None = None  # their files, decoded on demand where there are no pixels
     unreadable: dict = field(default_factory=dict)  # {i: why}; of all ranks after `agree`
     named: set = field(default_factory=set)  # names that the user has been told of; shared with parts
     test: "Images | None" = None  # the test split that came with this one
@@ -69,7 +69,7 @@ class Images:
         return len(self.names)
 
     def fingerprint(self):
-        """A short hash of the pictures in order, both splits; of large ones all sizes, and the start of a thousand."""
+        """A short hash of the pictures in order, both splits; of large ones sizes, the start of up to a thousand."""
         digest = hashlib.blake2b(digest_size=6)
         for images in (self, self.test) if self.test else (self,):
             digest.update(repr(images.names).encode())
@@ -498,7 +498,7 @@ class Hierarchy(NamedTuple):
 
 
 def near_centroids(x, centroids, top=1, half=False):
-    """Rows (n, D), centroids (K, D) -> (n, top) ids: the nearest, then the best of each of the next best blocks.
+    """Rows (n, D), centroids (K, D) -> (n, top) ids: the nearest, then the best of each next best block of them.
 
     The nearest has the highest score (x-m).(c-m) - |c-m|^2/2, m the mean centroid: one addmm per chunk of rows.
     half=True: float16 scores, unless a few rows are far longer than the rest. float16 needs m subtracted: without
@@ -507,7 +507,7 @@ def near_centroids(x, centroids, top=1, half=False):
     k, mean, scale = len(centroids), centroids.mean(0), 1.0
     # argmax over K scores costs half as much as the product itself (CPU). So: scores as S strips of W columns, the
     # maximum over strips, argmax over columns, argmax inside. Column j holds ids j*S ... j*S+S-1: ties go to the
-    # lowest. W is 32, 64, ...: other widths are several times slower.
+    # lowest. From K = 256 on W is 32, 64, ... (others are slower by far), below S is 1.
     width = -(-k // 8) * 8 if k < 256 else 32 * math.ceil(k**0.5 / 32)
     strips = -(-k // width)
     ids = torch.arange(width * strips, device=x.device).view(width, strips).T.flatten().clamp(max=k - 1)
@@ -598,9 +598,9 @@ def checked(x, task):
 def greedy_seeds(x, weight, k, generator):
     """Batched greedy k-means++ of this rank's rows (n, D) with weights (n,) -> (k, D), of the rows of all ranks.
 
-    Each of eight rounds draws three times as many rows as it needs, with chance proportional to weight times squared
-    distance to the nearest seed, sends every row to the nearest drawn one, and keeps the drawn rows that lower the
-    distances most. When no row has both weight and distance left, the other seeds are the mean.
+    Of a sample, twelve rows per seed. A round finds an eighth of the seeds: it draws three times as many rows, chance
+    proportional to weight times squared distance to the nearest seed, sends every row to the nearest drawn one, and
+    keeps those that lower the distances most. When no row has weight and distance left, the other seeds are the mean.
     """
     weight = all_gather_rows(weight.to(x.device, torch.float32))  # (N,)
     size = max(2 * k, min(12 * k, 2**27 // x.shape[1]))  # twelve rows per seed are enough
@@ -625,18 +625,18 @@ def greedy_seeds(x, weight, k, generator):
 def kmeans(x, k, *, iterations=20, seed=0, init=None, exact=False):
     """Lloyd's k-means on squared Euclidean distance -> centroids (k, D) float32, assign (N,) int64: the nearest one.
 
-    x (N, D) of any float type, a tensor or numpy memory map, read in blocks; under a process group this rank's share,
-    of any size. init (k, D) is the start, else greedy seeds. From k = 1000 on, unless exact=True, only every sixth pass
-    searches all centroids, the others four candidates per row; with init there are a fifth more passes; it ends when
-    less than a thousandth of the rows moves. No cluster is empty, unless x has fewer distinct rows than k (a warning
-    says so); rows closer than a millionth of their length count as equal.
+    x (N, D) of any float type, a tensor or numpy memory map, read in blocks; under a process group x, and assign, are
+    this rank's share. init (k, D) is the start, else greedy seeds. It ends when no row moves, or after `iterations`.
+    From k = 1000 on, unless exact=True, only every sixth pass searches all centroids, the others four candidates a row;
+    a thousandth may still move at the end; with init there are a fifth more passes. No cluster is empty, unless x has
+    fewer distinct rows than k (a warning says so); rows closer than a millionth of their length count as equal.
     ValueError: k < 1, k > N, no rows, rows with NaN, infinity or too large numbers, init of another shape.
     """
     x, total = checked(x, "k-means")
     if not 1 <= k <= total:
         raise ValueError(f"k-means: cannot make {k} clusters of {total} rows")
     generator, half, quick = torch.Generator().manual_seed(seed), x.is_cuda, k >= 1000 and not exact
-    far = quick and init is not None  # perhaps: what is given may be farther from the end than greedy seeds
+    far = quick and init is not None  # a given start may be farther from the end than greedy seeds
     passes = iterations * 6 // 5 if far else iterations
     if init is None:
         init = greedy_seeds(x, torch.ones(len(x)), k, generator)
@@ -644,9 +644,9 @@ def kmeans(x, k, *, iterations=20, seed=0, init=None, exact=False):
     if centroids.shape != (k, x.shape[1]) or not centroids.isfinite().all():
         raise ValueError(f"k-means: init is (K, D), of finite numbers: not {tuple(centroids.shape)}")
     label, refilled = torch.zeros(len(x), dtype=torch.long, device=x.device), False
-    for step in itertools.count():
+    for step in itertools.count():  # assign, then move the centroids; the last pass only assigns
         last = step >= passes
-        scan = last or refilled or not quick or step % 6 == 0 or far and step == 1
+        scan = last or refilled or not quick or step % 6 == 0 or far and step == 1  # all centroids, not the listed
         careful = half or refilled  # scores may err, and cannot tell very close centroids apart
         if scan:
             listed = near_centroids(x, centroids, 4 if quick or careful else 1, half)
@@ -669,7 +669,7 @@ def kmeans(x, k, *, iterations=20, seed=0, init=None, exact=False):
         elif last:
             break
         elif step and scan and moved <= quick * total // 1000:
-            passes = step  # only the last assignment is left
+            passes = step  # none moved (quick: a thousandth): only the last assignment is left
     return centroids, label
 
 
@@ -711,8 +711,8 @@ def hierarchy_from_centroids(x, raw_centroids, temperature, *, labels=None):
 
 @torch.no_grad()
 def hierarchical_kmeans(x, clusters, *, temperature, iterations=20, seed=0):
-    """Unit features x (N, D), clusters (K_0, K_1, ...) fine to coarse -> Hierarchy: k-means of x, then of its
-    normalised centroids, and so on. Under a process group x is this rank's share; the Hierarchy is that of all rows.
+    """Unit features x (N, D), clusters (K_0, K_1, ...) fine to coarse -> Hierarchy: k-means of x, then of its unit
+    centroids, and so on; temperature: mean of phi. Under a process group x is this rank's share, the tree of all rows.
     """
     raw, labels, items, images, init = [], [], x, None, None
     for k in clusters:
@@ -721,10 +721,10 @@ def hierarchical_kmeans(x, clusters, *, temperature, iterations=20, seed=0):
             # (images lie farther from their group's mean); weighting by their number of images fits the
             # centroids worse than a random start. The square root of it beats a random start at both.
             init = greedy_seeds(items, images.sqrt(), k, torch.Generator().manual_seed(seed))
-        centroids, label = kmeans(items, k, iterations=iterations, seed=seed, init=init)
+        centroids, label = kmeans(items, k, iterations=iterations, seed=seed, init=init)  # (k, D); one per item
         raw, labels = [*raw, centroids], [*labels, label]
-        images = all_reduce_sum(label.bincount(images, minlength=k).double())[local_rows(k)]
-        items = F.normalize(centroids, dim=1)[local_rows(k)]
+        images = all_reduce_sum(label.bincount(images, minlength=k).double())[local_rows(k)]  # (k,) under each centroid
+        items = F.normalize(centroids, dim=1)[local_rows(k)]  # (k, D), of which the next level makes clusters
     return hierarchy_from_centroids(x, raw, temperature, labels=labels)
 
 
@@ -753,7 +753,7 @@ def semantic_path_loss(z, hierarchy, index, negative_leaves, eps=1e-6):
             node = hierarchy.parent[level - 1][node]  # same path, one level up
         prototypes = prototypes.detach().to(z.dtype)
         sim = z[:, level] @ prototypes.T  # (B, K_l)
-        cos = sim.gather(1, node) / prototypes.norm(dim=1).clamp(min=1e-12)[node]  # rows are unit up to 1e-7, or 0
+        cos = sim.gather(1, node) / prototypes.norm(dim=1).clamp(min=1e-12)[node]  # true length: 1, nearly, or 0
         score = score * (1 + cos) / 2  # (B, 1+M), HIRL path score
     true_negative = (negative_leaves != own_leaf).to(z.dtype)  # (B, M); in a tree the leaf names the path
     positive = -torch.log(score[:, 0] + eps)  # (B,)
@@ -918,7 +918,7 @@ def knn_classify(train_x, train_y, test_x, classes, *, k=20, temperature=0.07):
     """Weighted k-nearest-neighbour classifier: votes (B, classes); their arg max is the prediction.
 
     train_x (N, F) and test_x (B, F) features of any length (normalised here), train_y (N,) int64. The k most similar
-    training rows vote exp(cosine / temperature) (Wu et al. 2018, 1805.01978), counted where train_y is. Under a process
+    training rows vote exp(cosine / temperature) (Wu et al. 2018, 1805.01978), on train_y's device. Under a process
     group train_x is this rank's share, the others are of all. Raises ValueError when k is not in 1..N.
     """
     if not 1 <= k <= len(train_y):

@@ -36,7 +36,7 @@ Differs from paper or released code
                 the neighbour in from the first epoch, as released, though the table is then an untrained network's
   lr, presets   cosine per step (release: per epoch); below ImageNet as in hirl_moco.py; textures: a table every epoch
 
-In the log  image, neighbour, mix (or moco); those of earlier stages end in _layer1 to _layer3
+In the log  image, neighbour, mix (or moco), of earlier stages with _layer1 to _layer3; neighbours_same_label, percent
 """
 
 # ---- [method] import
@@ -54,7 +54,7 @@ import networks
 import plumbing
 import ranks
 
-# ---- [method] presets: one column per data scale, chosen by --data, printed at start
+# ---- [method] presets: one per data scale, chosen by --data; side by side in --help, printed at start
 PRESETS = {
     "textures": dict(arch="tiny", stem="3x3s2", projector="mlp-bn", image_size=32, epochs=12, batch_size=32,
                      base_lr=0.8, weight_decay=5e-4, ema_momentum=0.75, queue_size=256, clusters=[810, 270, 27],
@@ -70,7 +70,7 @@ PRESETS = {
                      clusters=[30000, 10000, 1000], warmup_epochs=11, neighbours=5, refresh_every=5, bn="shuffle"),
 }
 
-# ---- [shared: moco] augmentation: MoCo v2's, less blur at 32 px
+# ---- [shared: moco] augmentation: MoCo v2's; no blur at 32 px; on textures larger crops, and colours shuffled
 AUGMENTATIONS = {
     "textures": common.Augmentation(scale=(0.4, 1.0), gray_p=0.5, shuffle_p=0.5),
     "cifar": common.Augmentation(scale=(0.2, 1.0), gray_p=0.2),
@@ -130,20 +130,20 @@ class MoCo(nn.Module):
         self.encoder_q = encoder
         self.encoder_k = copy.deepcopy(encoder).requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))  # (Q, D)
-        self.register_buffer("queue_ptr", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("queue_ptr", torch.zeros((), dtype=torch.int64))  # the row of the oldest
 
     @torch.no_grad()
     def update_key_encoder(self, ema_momentum):
         """theta_k <- m theta_k + (1-m) theta_q: parameters only; the copy has its own batch-norm statistics."""
         keys, queries = [*self.encoder_k.parameters()], [*self.encoder_q.parameters()]
-        torch.optim.swa_utils.get_ema_multi_avg_fn(ema_momentum)(keys, queries, None)  # MoCo Eq. 2, in one kernel
+        torch.optim.swa_utils.get_ema_multi_avg_fn(ema_momentum)(keys, queries, None)  # MoCo Eq. 2: changes keys
 
     @torch.no_grad()
     def enqueue(self, keys):
         """The newest keys replace the oldest; any number of them, the queue wraps around."""
         size = len(self.queue)
         row = (self.queue_ptr + torch.arange(len(keys), device=keys.device)) % size
-        self.queue[row[-size:]] = keys[-size:].to(self.queue.dtype)
+        self.queue[row[-size:]] = keys[-size:].to(self.queue.dtype)  # of more keys than rows, the last
         self.queue_ptr.copy_((self.queue_ptr + len(keys)) % size)
 
 
@@ -266,9 +266,9 @@ def main(args):
     device = plumbing.set_up(args)
     run = plumbing.Run(args)
     train, test = common.load_data(args.data, args.data_root, device, args.validation)
-    batch_size = plumbing.fit_batch(args, len(train))
-    clusters = plumbing.fit_clusters(args, len(train))
-    steps_per_epoch = len(train) // batch_size
+    batch_size = plumbing.fit_batch(args, len(train))  # fit: a preset's number, or less where images are few
+    clusters = plumbing.fit_clusters(args, len(train))  # K_l, finest first; [] without hierarchy
+    steps_per_epoch = len(train) // batch_size  # what is left over waits for another epoch's order
     peak_lr = args.base_lr * batch_size / 256
     augmentation = AUGMENTATIONS[args.preset]._replace(size=args.image_size)
 
@@ -303,11 +303,11 @@ def main(args):
               peak_lr=peak_lr, chance_level_loss={name: round(loss, 4) for name, loss in chance.items()})
     start_epoch, start_step, table = run.resume(device, model=model, optimizer=optimizer)  # (N, K) neighbours
 
-    # ---- [shared] features and tree
+    # ---- [shared] features(network, images), central crops in evaluation mode; knn(), accuracies; the tree
     features, knn = plumbing.evaluation(args, device, train, test, exported.backbone)
 
     def grow_tree(x, seed):  # features (n, D) of this process's pictures -> the Hierarchy of all N
-        return common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=seed)
+        return common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=seed)  # the mean of phi
 
     # ---- [shared] epochs
     if start_epoch == start_step == 0:
@@ -321,7 +321,7 @@ def main(args):
         if neighbours:  # one drawn anew for each visit
             train.partner = draw_neighbours(table, ranks.random_state(args.seed, epoch, "neighbour"))
 
-        # ---- [shared] batches
+        # ---- [shared] batches: index (B,), places in the data set; crops, a list of views (B, 3, S, S)
         batches = common.batches(train, batch_size, views, seed=args.seed, epoch=epoch, start=start_step, device=device,
                                  workers=args.workers)
         for step, index, crops in run.timed(batches, epoch, steps_per_epoch - start_step):
@@ -356,11 +356,11 @@ def main(args):
             # ---- [shared] step
             optimizer.zero_grad()
             sum(losses.values()).backward()
-            ranks.average(p.grad for p in model.parameters())
+            ranks.average(p.grad for p in model.parameters())  # over processes
             optimizer.step()
 
             # ---- [shared: moco] queue
-            model.enqueue(ranks.all_gather_rows(k, equal=True))
+            model.enqueue(ranks.all_gather_rows(k, equal=True))  # of all processes, oldest out
 
             # ---- [method] log
             run.end_step(epoch, step, {**losses, **watched}, table)

@@ -17,7 +17,7 @@ the baseline             python eval_linear.py --run runs/x --untrained --out un
   finetune   the whole network (a copy) and a new linear layer, on random crops and flips; tested about 20 times
   cluster    k-means of the test pictures' unit features, with as many clusters as classes, against the labels
   hierarchy  the k-means tree of all training pictures' unit features, and the tree that the run left in
-             clusters.csv (of its projections), against the labels: every level with every depth, and by tree distance
+             clusters.csv (of what it clustered), against the labels: every level with every depth, and by tree distance
 
 Labels have a depth, 0 the coarsest; clusters have a level, 0 the finest, as in the methods. Without
 --validation the best epoch and the best --lr are chosen on the test pictures. Quote the last epoch; the best is an

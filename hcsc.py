@@ -13,7 +13,7 @@
     5  a prototype that seems to belong to the parent of the image's own is likely
        to go too; at the top level all stay                                    hcsc_prototype_selection
     6  q must tell its own prototype from those that stay, at every level           hcsc_prototype_loss
-    7  step on 4 + 6, each averaged over the levels; enqueue k
+    7  step on 4 + --prototype-weight x 6, each averaged over the levels; enqueue k
 
 CPU demo, under 3 minutes   python hcsc.py
 as the authors' code        python hcsc.py --release --out runs/hcsc-release
@@ -35,8 +35,8 @@ Differs from paper or released code
                 each level; phi above level 0 is taken over child prototypes, not images; clip and scale are PCL's
   lr, presets   cosine per step (release: per epoch); below ImageNet finer trees, --prototype-weight 0 to 0.3 (README)
 
-In the log  without a tree moco; with it instance, prototype (small crops: _local), dropped_l, the share left out. In
-            config.json: chance_level_loss, moco's; instance's, as in the paper: mean of ln(1 + Q (1 - dropped_l))
+In the log  without a tree moco, by chance chance_level_loss of config.json; with it instance, by chance the mean over l
+            of ln(1 + Q (1 - dropped_l)), and prototype, weighted; dropped_l, dropped_prototypes_l: shares left out
 """
 
 # ---- [method] import
@@ -55,7 +55,7 @@ import networks
 import plumbing
 import ranks
 
-# ---- [method] presets: one column per data scale, chosen by --data, printed at start
+# ---- [method] presets: one per data scale, chosen by --data; side by side in --help, printed at start
 PRESETS = {
     "textures": dict(arch="tiny", stem="3x3s2", projector="mlp-bn", image_size=32, epochs=20, batch_size=64,
                      base_lr=0.6, weight_decay=5e-4, ema_momentum=0.6, queue_size=256, clusters=[810, 270, 27],
@@ -71,7 +71,7 @@ PRESETS = {
                      clusters=[3000, 2000, 1000], warmup_epochs=20, bn="shuffle", prototype_weight=1.0),
 }
 
-# ---- [shared: moco] augmentation: MoCo v2's, less blur at 32 px
+# ---- [shared: moco] augmentation: MoCo v2's; no blur at 32 px; on textures larger crops, and colours shuffled
 AUGMENTATIONS = {
     "textures": common.Augmentation(scale=(0.4, 1.0), gray_p=0.5, shuffle_p=0.5),
     "cifar": common.Augmentation(scale=(0.2, 1.0), gray_p=0.2),
@@ -124,20 +124,20 @@ class MoCo(nn.Module):
         self.encoder_q = encoder
         self.encoder_k = copy.deepcopy(encoder).requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))  # (Q, D)
-        self.register_buffer("queue_ptr", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("queue_ptr", torch.zeros((), dtype=torch.int64))  # the row of the oldest
 
     @torch.no_grad()
     def update_key_encoder(self, ema_momentum):
         """theta_k <- m theta_k + (1-m) theta_q: parameters only; the copy has its own batch-norm statistics."""
         keys, queries = [*self.encoder_k.parameters()], [*self.encoder_q.parameters()]
-        torch.optim.swa_utils.get_ema_multi_avg_fn(ema_momentum)(keys, queries, None)  # MoCo Eq. 2, in one kernel
+        torch.optim.swa_utils.get_ema_multi_avg_fn(ema_momentum)(keys, queries, None)  # MoCo Eq. 2: changes keys
 
     @torch.no_grad()
     def enqueue(self, keys):
         """The newest keys replace the oldest; any number of them, the queue wraps around."""
         size = len(self.queue)
         row = (self.queue_ptr + torch.arange(len(keys), device=keys.device)) % size
-        self.queue[row[-size:]] = keys[-size:].to(self.queue.dtype)
+        self.queue[row[-size:]] = keys[-size:].to(self.queue.dtype)  # of more keys than rows, the last
         self.queue_ptr.copy_((self.queue_ptr + len(keys)) % size)
 
 
@@ -189,9 +189,9 @@ def dropped(instance_masks, prototype_masks):
 
 
 def hcsc_loss(q, k, queue, hierarchy, index, instance_masks, prototype_masks, temperature, reading=PAPER):
-    """HCSC's loss of one query per image, by term: each a mean over the levels, against the negatives that stay.
-
-    instance_masks L x (B, Q), None: all stay, plain InfoNCE; prototype_masks L x (B, K_l). Source: HCSC (2202.00455).
+    """HCSC's loss of one query per image, by term, against the negatives that stay: the mean over levels (RELEASE sums
+    the instance term), the prototype term weighted. Source: HCSC (2202.00455).
+    instance_masks L x (B, Q), None: all stay, plain InfoNCE; prototype_masks L x (B, K_l), 1 = stays.
     """
     how = dict(unselected=reading.unselected)
     instance = (common.hcsc_instance_loss(q, k, queue, instance_masks, temperature, **how) if instance_masks
@@ -230,9 +230,9 @@ def main(args):
     device = plumbing.set_up(args)
     run = plumbing.Run(args)
     train, test = common.load_data(args.data, args.data_root, device, args.validation)
-    batch_size = plumbing.fit_batch(args, len(train))
-    clusters = plumbing.fit_clusters(args, len(train))
-    steps_per_epoch = len(train) // batch_size
+    batch_size = plumbing.fit_batch(args, len(train))  # fit: a preset's number, or less where images are few
+    clusters = plumbing.fit_clusters(args, len(train))  # K_l, finest first; [] without hierarchy
+    steps_per_epoch = len(train) // batch_size  # what is left over waits for another epoch's order
     peak_lr = args.base_lr * batch_size / 256
     augmentation = AUGMENTATIONS[args.preset]._replace(size=args.image_size)
 
@@ -267,22 +267,22 @@ def main(args):
               peak_lr=peak_lr, chance_level_loss={name: round(loss, 4) for name, loss in chance.items()})
     start_epoch, start_step, hierarchy = run.resume(device, model=model, optimizer=optimizer)
 
-    # ---- [shared] features and tree
+    # ---- [shared] features(network, images), central crops in evaluation mode; knn(), accuracies; the tree
     features, knn = plumbing.evaluation(args, device, train, test, exported.backbone)
 
     def grow_tree(x, seed):  # features (n, D) of this process's pictures -> the Hierarchy of all N
-        return common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=seed)
+        return common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=seed)  # the mean of phi
 
     # ---- [shared] epochs
     if start_epoch == start_step == 0:
         run.write(dict(epoch=0, knn=knn(), knn_pixels=plumbing.knn_of_pixels(train, test, args.image_size, device)))
     for epoch in range(start_epoch, args.epochs):
 
-        # ---- [shared: tree] tree of the epoch
+        # ---- [shared: tree] tree of the epoch; one resumed half-way (start_step > 0) has it from the checkpoint
         if clusters and epoch >= args.warmup_epochs and start_step == 0:
             hierarchy = grow_tree(F.normalize(features(clustered, train), dim=1), seed=args.seed + epoch)
 
-        # ---- [shared] batches
+        # ---- [shared] batches: index (B,), places in the data set; crops, a list of views (B, 3, S, S)
         batches = common.batches(train, batch_size, views, seed=args.seed, epoch=epoch, start=start_step, device=device,
                                  workers=args.workers)
         for step, index, crops in run.timed(batches, epoch, steps_per_epoch - start_step):
@@ -292,7 +292,7 @@ def main(args):
             # ---- [shared: cosine] learning rate
             plumbing.set_lr(optimizer, 0.5 * peak_lr * (1 + math.cos(math.pi * done)))
 
-            # ---- [shared: moco] queries and keys
+            # ---- [shared: moco] queries and keys; make_keys: encode_k(view 1), in mixed batches for --bn shuffle
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 raw = encode_q(crops[0]).float()  # (B, D)
                 with torch.no_grad():  # no gradient to keys
@@ -316,13 +316,13 @@ def main(args):
             # ---- [shared] step
             optimizer.zero_grad()
             sum(losses.values()).backward()
-            ranks.average(p.grad for p in model.parameters())
+            ranks.average(p.grad for p in model.parameters())  # over processes
             optimizer.step()
 
             # ---- [shared: moco] queue
-            model.enqueue(ranks.all_gather_rows(k, equal=True))
+            model.enqueue(ranks.all_gather_rows(k, equal=True))  # of all processes, oldest out
 
-            # ---- [shared: tree] log
+            # ---- [shared: tree] log; after Ctrl-C or SIGTERM the run, with its tree, is saved here and stops
             run.end_step(epoch, step, {**losses, **watched}, hierarchy)
         run.end_epoch(epoch, hierarchy, knn, clusters_in_use=hierarchy and [len(a.unique()) for a in hierarchy.assign])
         start_step = 0

@@ -30,7 +30,7 @@ the tree), local crops; cross entropy and a centre instead of InfoNCE and a queu
 Differs from paper (P), DINO's code (D), HIRL's release (H): number, who agrees, what this does; what the others do
   D1   PDH  the loss uses the old centre, which then moves by the raw logits of both global crops
   D2   D    the teacher moves after the step; H before the forward pass, one update ahead
-  H6   D    schedules are read at their step; H rounds the step down: 7 % of the steps get the previous value
+       D    schedules are read at their step; H rounds the step down: 7 % of the steps get the previous value
   D3   D    gradients are clipped tensor by tensor; H all together, D4 a frozen last layer included
   D5   DH   weight decay on all but vectors: on positions, class token and last layer too
   D6   D    the teacher starts as a copy; H its head as another random network
@@ -60,7 +60,7 @@ import networks
 import plumbing
 import ranks
 
-# ---- [method] presets: one column per data scale, chosen by --data, printed at start
+# ---- [method] presets: one per data scale, chosen by --data; side by side in --help, printed at start
 VIT = dict(stem="7x7", projector="mlp", hidden=2048, dim=256, optimizer="adamw", weight_decay=0.04,
            final_weight_decay=0.4, drop_path=0.1, centering="mean", teacher_temperature=[0.04, 0.07],
            ema_momentum=0.996, init_std=0.02)
@@ -284,9 +284,9 @@ def main(args):
     device = plumbing.set_up(args)
     run = plumbing.Run(args)
     train, test = common.load_data(args.data, args.data_root, device, args.validation)
-    batch_size = plumbing.fit_batch(args, len(train))
-    clusters = plumbing.fit_clusters(args, len(train))
-    steps_per_epoch = len(train) // batch_size
+    batch_size = plumbing.fit_batch(args, len(train))  # fit: a preset's number, or less where images are few
+    clusters = plumbing.fit_clusters(args, len(train))  # K_l, finest first; [] without hierarchy
+    steps_per_epoch = len(train) // batch_size  # what is left over waits for another epoch's order
     peak_lr = args.base_lr * batch_size / 256
     augmentation = AUGMENTATIONS[args.preset]._replace(size=args.image_size)
 
@@ -320,22 +320,22 @@ def main(args):
               peak_lr=peak_lr, chance_level_loss={name: round(loss, 4) for name, loss in chance.items()})
     start_epoch, start_step, hierarchy = run.resume(device, model=model, optimizer=optimizer)
 
-    # ---- [shared] features and tree
+    # ---- [shared] features(network, images), central crops in evaluation mode; knn(), accuracies; the tree
     features, knn = plumbing.evaluation(args, device, train, test, exported.backbone)
 
     def grow_tree(x, seed):  # features (n, D) of this process's pictures -> the Hierarchy of all N
-        return common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=seed)
+        return common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=seed)  # the mean of phi
 
     # ---- [shared] epochs
     if start_epoch == start_step == 0:
         run.write(dict(epoch=0, knn=knn(), knn_pixels=plumbing.knn_of_pixels(train, test, args.image_size, device)))
     for epoch in range(start_epoch, args.epochs):
 
-        # ---- [shared: tree] tree of the epoch
+        # ---- [shared: tree] tree of the epoch; one resumed half-way (start_step > 0) has it from the checkpoint
         if clusters and epoch >= args.warmup_epochs and start_step == 0:
             hierarchy = grow_tree(F.normalize(features(clustered, train), dim=1), seed=args.seed + epoch)
 
-        # ---- [shared] batches
+        # ---- [shared] batches: index (B,), places in the data set; crops, a list of views (B, 3, S, S)
         batches = common.batches(train, batch_size, views, seed=args.seed, epoch=epoch, start=start_step, device=device,
                                  workers=args.workers)
         for step, index, crops in run.timed(batches, epoch, steps_per_epoch - start_step):
@@ -365,7 +365,7 @@ def main(args):
                        **model.in_use(F.softmax((t - center) / temperature_t, dim=-1), now, steps_per_epoch)}
             model.center.copy_(moved_center(model.center, t, args.center_momentum))
 
-            # ---- [shared: hirl] path loss
+            # ---- [shared: hirl] path loss; leaves are drawn for the whole batch, a process takes its rows
             if hierarchy:
                 z = F.normalize(torch.stack([head(raw) for head in model.heads], dim=1), dim=2)  # (B, L, D)
                 leaves = torch.randint(len(hierarchy.prototypes[0]), (batch_size, args.negative_paths), device=device,
@@ -376,13 +376,13 @@ def main(args):
             # ---- [shared] step
             optimizer.zero_grad()
             sum(losses.values()).backward()
-            ranks.average(p.grad for p in model.parameters())
+            ranks.average(p.grad for p in model.parameters())  # over processes
             optimizer.step()
 
             # ---- [shared: dino] teacher
             model.update_teacher(momenta[now])  # after the step; HIRL's release: before the forward pass
 
-            # ---- [shared: tree] log
+            # ---- [shared: tree] log; after Ctrl-C or SIGTERM the run, with its tree, is saved here and stops
             run.end_step(epoch, step, {**losses, **watched}, hierarchy)
         run.end_epoch(epoch, hierarchy, knn, clusters_in_use=hierarchy and [len(a.unique()) for a in hierarchy.assign])
         start_step = 0

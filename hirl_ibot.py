@@ -21,9 +21,9 @@ the same without hierarchy  python hirl_ibot.py --clusters 0 --out runs/ibot
 one GPU                     python hirl_ibot.py --data cifar100 --amp
 paper scale, 8 GPUs         torchrun --nproc-per-node=8 hirl_ibot.py --data /imagenet --amp
 
-Changes relative to hirl_dino.py (whose symbols and log these are): always a ViT; masks for the student, a learnt
-vector in place of a masked patch; S patches, their loss and centre c'. D1-D12 hold (H fp16 in both), and small, with
-AdamW. DEVIATION on textures: torchvision's initial ViT, weak patch loss (colours tell); only masked ones projected.
+Changes relative to hirl_dino.py (symbols, log, D1-D12 as there; D12: H fp16 in both): always a ViT; a learnt vector in
+place of the student's masked patches; S patches, their loss and centre c'. DEVIATION on textures: centre and batch norm
+as there, AdamW, torchvision's initial ViT, a weak patch loss (colours give it away), only masked patches projected.
 
 Differs from paper (P), iBOT's code (I), HIRL's release (H): number, who agrees, what this does; what the others do
   I1    PIH  a crop without mask (half of them) adds 0 to the mean of the patch loss, which halves it on average
@@ -49,7 +49,7 @@ import networks
 import plumbing
 import ranks
 
-# ---- [method] presets: one column per data scale, chosen by --data, printed at start
+# ---- [method] presets: one per data scale, chosen by --data; side by side in --help, printed at start
 VIT = dict(stem="7x7", projector="mlp", hidden=2048, dim=256, optimizer="adamw", weight_decay=0.04,
            final_weight_decay=0.4, drop_path=0.1, centering="mean", teacher_temperature=[0.04, 0.07],
            ema_momentum=0.996, init_std=0.02, patch_weight=1.0, eval_every=1)
@@ -193,7 +193,7 @@ class DINO(nn.Module):
 
 # ---- [method] crops
 def encode_crops(encoder, crops, masks=None, mask_token=None, branches=None, read=None):
-    """Crops [(b, 3, S, S)] -> raw projections of all class tokens (V, b, D), of the global crops' patches (2, b, S, D).
+    """Crops [(b, 3, H, W)] -> raw projections of class tokens (V, b, D), of the global ones' S patches (2, b, S, D).
 
     masks (2b, h, w) bool, of the two global crops, first in order; read (n,): patches of 2bS to project, rest 0.
     """
@@ -326,9 +326,9 @@ def main(args):
     device = plumbing.set_up(args)
     run = plumbing.Run(args)
     train, test = common.load_data(args.data, args.data_root, device, args.validation)
-    batch_size = plumbing.fit_batch(args, len(train))
-    clusters = plumbing.fit_clusters(args, len(train))
-    steps_per_epoch = len(train) // batch_size
+    batch_size = plumbing.fit_batch(args, len(train))  # fit: a preset's number, or less where images are few
+    clusters = plumbing.fit_clusters(args, len(train))  # K_l, finest first; [] without hierarchy
+    steps_per_epoch = len(train) // batch_size  # what is left over waits for another epoch's order
     peak_lr = args.base_lr * batch_size / 256
     augmentation = AUGMENTATIONS[args.preset]._replace(size=args.image_size)
 
@@ -366,22 +366,22 @@ def main(args):
               peak_lr=peak_lr, chance_level_loss={name: round(loss, 4) for name, loss in chance.items()})
     start_epoch, start_step, hierarchy = run.resume(device, model=model, optimizer=optimizer)
 
-    # ---- [shared] features and tree
+    # ---- [shared] features(network, images), central crops in evaluation mode; knn(), accuracies; the tree
     features, knn = plumbing.evaluation(args, device, train, test, exported.backbone)
 
     def grow_tree(x, seed):  # features (n, D) of this process's pictures -> the Hierarchy of all N
-        return common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=seed)
+        return common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=seed)  # the mean of phi
 
     # ---- [shared] epochs
     if start_epoch == start_step == 0:
         run.write(dict(epoch=0, knn=knn(), knn_pixels=plumbing.knn_of_pixels(train, test, args.image_size, device)))
     for epoch in range(start_epoch, args.epochs):
 
-        # ---- [shared: tree] tree of the epoch
+        # ---- [shared: tree] tree of the epoch; one resumed half-way (start_step > 0) has it from the checkpoint
         if clusters and epoch >= args.warmup_epochs and start_step == 0:
             hierarchy = grow_tree(F.normalize(features(clustered, train), dim=1), seed=args.seed + epoch)
 
-        # ---- [shared] batches
+        # ---- [shared] batches: index (B,), places in the data set; crops, a list of views (B, 3, S, S)
         batches = common.batches(train, batch_size, views, seed=args.seed, epoch=epoch, start=start_step, device=device,
                                  workers=args.workers)
         for step, index, crops in run.timed(batches, epoch, steps_per_epoch - start_step):
@@ -418,7 +418,7 @@ def main(args):
             model.center.copy_(moved_center(model.center, t, args.center_momentum))
             model.patch_center.copy_(moved_center(model.patch_center, t_patch, args.center_momentum))
 
-            # ---- [shared: hirl] path loss
+            # ---- [shared: hirl] path loss; leaves are drawn for the whole batch, a process takes its rows
             if hierarchy:
                 z = F.normalize(torch.stack([head(raw) for head in model.heads], dim=1), dim=2)  # (B, L, D)
                 leaves = torch.randint(len(hierarchy.prototypes[0]), (batch_size, args.negative_paths), device=device,
@@ -429,13 +429,13 @@ def main(args):
             # ---- [shared] step
             optimizer.zero_grad()
             sum(losses.values()).backward()
-            ranks.average(p.grad for p in model.parameters())
+            ranks.average(p.grad for p in model.parameters())  # over processes
             optimizer.step()
 
             # ---- [shared: dino] teacher
             model.update_teacher(momenta[now])  # after the step; HIRL's release: before the forward pass
 
-            # ---- [shared: tree] log
+            # ---- [shared: tree] log; after Ctrl-C or SIGTERM the run, with its tree, is saved here and stops
             run.end_step(epoch, step, {**losses, **watched}, hierarchy)
         run.end_epoch(epoch, hierarchy, knn, clusters_in_use=hierarchy and [len(a.unique()) for a in hierarchy.assign])
         start_step = 0

@@ -18,24 +18,27 @@ the same without hierarchy  python hirl_moco.py --clusters 0 --out runs/moco
 one GPU                     python hirl_moco.py --data cifar100 --amp
 paper scale, 8 GPUs         torchrun --nproc-per-node=8 hirl_moco.py --data /imagenet --amp
 
-Symbols  q, k query and key (B, D)     queue u (Q, D)       L levels, 0 the finest      K_l = --clusters
-         z level embeddings (B, L, D)  c prototypes[l] (K_l, D)  assign[l] image -> cluster (released
-         code: im2cluster)             parent[l] cluster -> cluster one level up (cluster2cluster)
+Symbols  B batch (under torchrun, this process's rows of it), N images, D = --dim, M = --negative-paths
+         q, k query and key (B, D)     queue u (Q, D)       L levels, 0 the finest      K_l = --clusters
+         z level embeddings (B, L, D)  c prototypes[l] (K_l, D)  assign[l] (N,) image -> cluster (released
+         code: im2cluster)             parent[l] (K_l,) cluster -> cluster one level up (cluster2cluster)
 
 Changes relative to: nothing, read this script first; the siblings say what they change relative to it.
 
 Differs from paper or released code
   path loss     scores against all prototypes, then picks: same value and gradient, less time and memory
-  phi           (a temperature per prototype, PCL's) comes with the tree; HIRL's loss ignores it, as released
+  phi           (a temperature per prototype, PCL's, 2005.04966) comes with the tree; HIRL's loss does not read it
   small data    presets below ImageNet have a batch norm in the projector (--projector mlp-bn) and a smaller
                 ema_momentum: with few steps, MoCo v2's own head leaves all embeddings pointing one way for long
   path weight   0.1 in the presets cifar and photos: HIRL's 1 costs kNN accuracy on CIFAR-100; photos are untried
   queue         any batch and queue size; in the release the batch size must divide the queue size
-  batch norm    over the whole batch under torchrun (--bn sync), so G processes equal one; --bn shuffle is
-                MoCo's own. On one device shuffling is a permutation inside one batch, a no-op: left out
+  batch norm    over the whole batch under torchrun (--bn sync), so G processes equal one; --bn shuffle, the imagenet
+                preset, is MoCo's own. On one device shuffling permutes one batch, a no-op: left out
   lr            the cosine moves every step; in the release, every epoch
 
-In the log  moco and, with a tree, path; config.json: chance_level_loss, moco of a network that tells nothing apart
+In the log  moco; at chance ln(1 + Q), chance_level_loss in config.json; it rises while real keys fill the queue
+            path, with a tree, times --path-weight; without that 1.1 where z is at right angles to three levels' c
+            feature_std of q: near 1 is healthy, near 0 all images are on one point. The rest: README, "A run"
 """
 
 # ---- [method] import
@@ -53,7 +56,8 @@ import networks
 import plumbing
 import ranks
 
-# ---- [method] presets: one column per data scale, chosen by --data, printed at start
+# ---- [method] presets: one per data scale, chosen by --data; side by side in --help, printed at start
+# tiny: a small ResNet, a quarter as wide; stem, the first layer: 3x3s2 has stride 2 and no max-pool (networks.py)
 PRESETS = {
     "textures": dict(arch="tiny", stem="3x3s2", projector="mlp-bn", image_size=32, epochs=20, batch_size=64,
                      base_lr=0.6, weight_decay=5e-4, ema_momentum=0.6, queue_size=256, clusters=[810, 270, 27],
@@ -70,7 +74,7 @@ PRESETS = {
                      bn="shuffle"),
 }
 
-# ---- [shared: moco] augmentation: MoCo v2's, less blur at 32 px
+# ---- [shared: moco] augmentation: MoCo v2's; no blur at 32 px; on textures larger crops, and colours shuffled
 AUGMENTATIONS = {
     "textures": common.Augmentation(scale=(0.4, 1.0), gray_p=0.5, shuffle_p=0.5),
     "cifar": common.Augmentation(scale=(0.2, 1.0), gray_p=0.2),
@@ -124,20 +128,20 @@ class MoCo(nn.Module):
         self.encoder_q = encoder
         self.encoder_k = copy.deepcopy(encoder).requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))  # (Q, D)
-        self.register_buffer("queue_ptr", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("queue_ptr", torch.zeros((), dtype=torch.int64))  # the row of the oldest
 
     @torch.no_grad()
     def update_key_encoder(self, ema_momentum):
         """theta_k <- m theta_k + (1-m) theta_q: parameters only; the copy has its own batch-norm statistics."""
         keys, queries = [*self.encoder_k.parameters()], [*self.encoder_q.parameters()]
-        torch.optim.swa_utils.get_ema_multi_avg_fn(ema_momentum)(keys, queries, None)  # MoCo Eq. 2, in one kernel
+        torch.optim.swa_utils.get_ema_multi_avg_fn(ema_momentum)(keys, queries, None)  # MoCo Eq. 2: changes keys
 
     @torch.no_grad()
     def enqueue(self, keys):
         """The newest keys replace the oldest; any number of them, the queue wraps around."""
         size = len(self.queue)
         row = (self.queue_ptr + torch.arange(len(keys), device=keys.device)) % size
-        self.queue[row[-size:]] = keys[-size:].to(self.queue.dtype)
+        self.queue[row[-size:]] = keys[-size:].to(self.queue.dtype)  # of more keys than rows, the last
         self.queue_ptr.copy_((self.queue_ptr + len(keys)) % size)
 
 
@@ -159,16 +163,16 @@ def main(args):
     device = plumbing.set_up(args)
     run = plumbing.Run(args)
     train, test = common.load_data(args.data, args.data_root, device, args.validation)
-    batch_size = plumbing.fit_batch(args, len(train))
-    clusters = plumbing.fit_clusters(args, len(train))
-    steps_per_epoch = len(train) // batch_size
+    batch_size = plumbing.fit_batch(args, len(train))  # fit: a preset's number, or less where images are few
+    clusters = plumbing.fit_clusters(args, len(train))  # K_l, finest first; [] without hierarchy
+    steps_per_epoch = len(train) // batch_size  # what is left over waits for another epoch's order
     peak_lr = args.base_lr * batch_size / 256
     augmentation = AUGMENTATIONS[args.preset]._replace(size=args.image_size)
 
     # ---- [method] model
     queue_size = plumbing.fit("queue_size", args, at_most=len(train))
     model = MoCo(Encoder(args.arch, args.stem, args.projector, args.dim, args.image_size), args.dim, queue_size)
-    model.heads = nn.ModuleList(level_head(args.dim) for _ in clusters)  # last, so that the rest starts as without
+    model.heads = nn.ModuleList(level_head(args.dim) for _ in clusters)  # last: all else starts as it does without
     if args.bn == "sync":
         ranks.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
     model.to(device, memory_format=torch.channels_last)
@@ -187,22 +191,22 @@ def main(args):
               peak_lr=peak_lr, chance_level_loss={name: round(loss, 4) for name, loss in chance.items()})
     start_epoch, start_step, hierarchy = run.resume(device, model=model, optimizer=optimizer)
 
-    # ---- [shared] features and tree
+    # ---- [shared] features(network, images), central crops in evaluation mode; knn(), accuracies; the tree
     features, knn = plumbing.evaluation(args, device, train, test, exported.backbone)
 
     def grow_tree(x, seed):  # features (n, D) of this process's pictures -> the Hierarchy of all N
-        return common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=seed)
+        return common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=seed)  # the mean of phi
 
     # ---- [shared] epochs
     if start_epoch == start_step == 0:
         run.write(dict(epoch=0, knn=knn(), knn_pixels=plumbing.knn_of_pixels(train, test, args.image_size, device)))
     for epoch in range(start_epoch, args.epochs):
 
-        # ---- [shared: tree] tree of the epoch
+        # ---- [shared: tree] tree of the epoch; one resumed half-way (start_step > 0) has it from the checkpoint
         if clusters and epoch >= args.warmup_epochs and start_step == 0:
             hierarchy = grow_tree(F.normalize(features(clustered, train), dim=1), seed=args.seed + epoch)
 
-        # ---- [shared] batches
+        # ---- [shared] batches: index (B,), places in the data set; crops, a list of views (B, 3, S, S)
         batches = common.batches(train, batch_size, views, seed=args.seed, epoch=epoch, start=start_step, device=device,
                                  workers=args.workers)
         for step, index, crops in run.timed(batches, epoch, steps_per_epoch - start_step):
@@ -212,7 +216,7 @@ def main(args):
             # ---- [shared: cosine] learning rate
             plumbing.set_lr(optimizer, 0.5 * peak_lr * (1 + math.cos(math.pi * done)))
 
-            # ---- [shared: moco] queries and keys
+            # ---- [shared: moco] queries and keys; make_keys: encode_k(view 1), in mixed batches for --bn shuffle
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 raw = encode_q(crops[0]).float()  # (B, D)
                 with torch.no_grad():  # no gradient to keys
@@ -224,7 +228,7 @@ def main(args):
             losses = {"moco": info_nce(q, k, model.queue, args.temperature)}  # the queue as it was before this step
             watched = {"feature_std": plumbing.feature_std(q)}
 
-            # ---- [shared: hirl] path loss
+            # ---- [shared: hirl] path loss; leaves are drawn for the whole batch, a process takes its rows
             if hierarchy:
                 z = F.normalize(torch.stack([head(raw) for head in model.heads], dim=1), dim=2)  # (B, L, D)
                 leaves = torch.randint(len(hierarchy.prototypes[0]), (batch_size, args.negative_paths), device=device,
@@ -235,13 +239,13 @@ def main(args):
             # ---- [shared] step
             optimizer.zero_grad()
             sum(losses.values()).backward()
-            ranks.average(p.grad for p in model.parameters())
+            ranks.average(p.grad for p in model.parameters())  # over processes
             optimizer.step()
 
             # ---- [shared: moco] queue
-            model.enqueue(ranks.all_gather_rows(k, equal=True))
+            model.enqueue(ranks.all_gather_rows(k, equal=True))  # of all processes, oldest out
 
-            # ---- [shared: tree] log
+            # ---- [shared: tree] log; after Ctrl-C or SIGTERM the run, with its tree, is saved here and stops
             run.end_step(epoch, step, {**losses, **watched}, hierarchy)
         run.end_epoch(epoch, hierarchy, knn, clusters_in_use=hierarchy and [len(a.unique()) for a in hierarchy.assign])
         start_step = 0

@@ -43,6 +43,8 @@ Differs from paper or released code
   small data    D 256, as k-means in 2048 dimensions is slow; no --zero-init; --path-weight 0.1, as with HIRL's 1 the
                 tree hurts (results/README.md); cifar: two projector layers; textures: narrow layers, and a predictor
                 with 15 times the learning rate of the rest: it must keep up with z, and in so few steps that decides
+
+In the log  simsiam, 0 at chance, at best -1; path, with a tree, times --path-weight
 """
 
 # ---- [shared] imports
@@ -57,7 +59,7 @@ import networks
 import plumbing
 import ranks
 
-# ---- [method] presets: one column per data scale, chosen by --data, printed at start
+# ---- [method] presets: one per data scale, chosen by --data; side by side in --help, printed at start
 PRESETS = {
     "textures": dict(arch="tiny", stem="3x3s2", image_size=32, epochs=20, batch_size=64, base_lr=0.6, predictor_lr=15.0,
                      weight_decay=5e-4, dim=256, projector_layers=3, projector_width=256, predictor_width=64,
@@ -76,7 +78,7 @@ PRESETS = {
                      negative_paths=1000, path_weight=1.0),
 }
 
-# ---- [shared: moco] augmentation: MoCo v2's, less blur at 32 px
+# ---- [shared: moco] augmentation: MoCo v2's; no blur at 32 px; on textures larger crops, and colours shuffled
 AUGMENTATIONS = {
     "textures": common.Augmentation(scale=(0.4, 1.0), gray_p=0.5, shuffle_p=0.5),
     "cifar": common.Augmentation(scale=(0.2, 1.0), gray_p=0.2),
@@ -163,9 +165,9 @@ def main(args):
     device = plumbing.set_up(args)
     run = plumbing.Run(args)
     train, test = common.load_data(args.data, args.data_root, device, args.validation)
-    batch_size = plumbing.fit_batch(args, len(train))
-    clusters = plumbing.fit_clusters(args, len(train))
-    steps_per_epoch = len(train) // batch_size
+    batch_size = plumbing.fit_batch(args, len(train))  # fit: a preset's number, or less where images are few
+    clusters = plumbing.fit_clusters(args, len(train))  # K_l, finest first; [] without hierarchy
+    steps_per_epoch = len(train) // batch_size  # what is left over waits for another epoch's order
     peak_lr = args.base_lr * batch_size / 256
     augmentation = AUGMENTATIONS[args.preset]._replace(size=args.image_size)
 
@@ -195,22 +197,22 @@ def main(args):
               peak_lr=peak_lr, chance_level_loss={name: round(loss, 4) for name, loss in chance.items()})
     start_epoch, start_step, hierarchy = run.resume(device, model=model, optimizer=optimizer)
 
-    # ---- [shared] features and tree
+    # ---- [shared] features(network, images), central crops in evaluation mode; knn(), accuracies; the tree
     features, knn = plumbing.evaluation(args, device, train, test, exported.backbone)
 
     def grow_tree(x, seed):  # features (n, D) of this process's pictures -> the Hierarchy of all N
-        return common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=seed)
+        return common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=seed)  # the mean of phi
 
     # ---- [shared] epochs
     if start_epoch == start_step == 0:
         run.write(dict(epoch=0, knn=knn(), knn_pixels=plumbing.knn_of_pixels(train, test, args.image_size, device)))
     for epoch in range(start_epoch, args.epochs):
 
-        # ---- [shared: tree] tree of the epoch
+        # ---- [shared: tree] tree of the epoch; one resumed half-way (start_step > 0) has it from the checkpoint
         if clusters and epoch >= args.warmup_epochs and start_step == 0:
             hierarchy = grow_tree(F.normalize(features(clustered, train), dim=1), seed=args.seed + epoch)
 
-        # ---- [shared] batches
+        # ---- [shared] batches: index (B,), places in the data set; crops, a list of views (B, 3, S, S)
         batches = common.batches(train, batch_size, views, seed=args.seed, epoch=epoch, start=start_step, device=device,
                                  workers=args.workers)
         for step, index, crops in run.timed(batches, epoch, steps_per_epoch - start_step):
@@ -234,7 +236,7 @@ def main(args):
             losses = {"simsiam": simsiam_loss(predictions, projections.float())}
             watched = {"feature_std": plumbing.feature_std(F.normalize(raw, dim=1))}
 
-            # ---- [shared: hirl] path loss
+            # ---- [shared: hirl] path loss; leaves are drawn for the whole batch, a process takes its rows
             if hierarchy:
                 z = F.normalize(torch.stack([head(raw) for head in model.heads], dim=1), dim=2)  # (B, L, D)
                 leaves = torch.randint(len(hierarchy.prototypes[0]), (batch_size, args.negative_paths), device=device,
@@ -245,10 +247,10 @@ def main(args):
             # ---- [shared] step
             optimizer.zero_grad()
             sum(losses.values()).backward()
-            ranks.average(p.grad for p in model.parameters())
+            ranks.average(p.grad for p in model.parameters())  # over processes
             optimizer.step()
 
-            # ---- [shared: tree] log
+            # ---- [shared: tree] log; after Ctrl-C or SIGTERM the run, with its tree, is saved here and stops
             run.end_step(epoch, step, {**losses, **watched}, hierarchy)
         run.end_epoch(epoch, hierarchy, knn, clusters_in_use=hierarchy and [len(a.unique()) for a in hierarchy.assign])
         start_step = 0

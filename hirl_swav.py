@@ -43,9 +43,11 @@ Differs from paper or released code
   queue         used once it has been filled anew since --queue-epoch, as in SwAV; HIRL's release: once full
   sinkhorn      in logarithms: same numbers, but no prototype's mass can underflow to 0 / 0
   warm-up       of the lr, a share of the run (--lr-warmup) in place of 10 epochs: it shrinks with --epochs
-  small data    presets below ImageNet train by SGD without LARC. At 32 px epsilon is 0.02: at few steps and small
-                batches softer assignments hardly tell images apart
+  small data    presets below ImageNet train by SGD without LARC; textures without local crops. At 32 px epsilon is
+                0.02: at few steps and small batches softer assignments hardly tell images apart
   path loss, phi as in hirl_moco.py; lr: per step, as in SwAV
+
+In the log  swav, at chance ln P, chance_level_loss in config.json; path, with a tree, times --path-weight
 """
 
 # ---- [shared] imports
@@ -60,7 +62,7 @@ import networks
 import plumbing
 import ranks
 
-# ---- [method] presets: one column per data scale, chosen by --data, printed at start
+# ---- [method] presets: one per data scale, chosen by --data; side by side in --help, printed at start
 PRESETS = {
     "textures": dict(arch="tiny", stem="3x3s2", projector="mlp-bn", image_size=32, epochs=16, batch_size=64,
                      base_lr=0.6, start_lr=0.0, final_lr=0.0, weight_decay=5e-4, optimizer="sgd", prototypes=300,
@@ -242,7 +244,7 @@ def reassign(hierarchy, index, embeddings):
 # ---- [method] LARC and learning rate
 @torch.no_grad()
 def larc(parameters, weight_decay, trust=0.001, eps=1e-8, lr=None):
-    """Rescale gradients in place, so that SGD without decay moves each tensor w by about lr * trust of its norm.
+    """Replace gradients by rescaled ones: SGD without decay then moves each tensor w by about lr * trust of its norm.
 
     g <- trust |w| / (|g| + beta |w| + eps) (g + beta w), beta the weight decay; where w or g is all zero, g
     stays, without decay. With lr: LARC's clipping mode, the factor divided by lr and at most 1. Biases and
@@ -269,9 +271,9 @@ def main(args):
     device = plumbing.set_up(args)
     run = plumbing.Run(args)
     train, test = common.load_data(args.data, args.data_root, device, args.validation)
-    batch_size = plumbing.fit_batch(args, len(train))
-    clusters = plumbing.fit_clusters(args, len(train))
-    steps_per_epoch = len(train) // batch_size
+    batch_size = plumbing.fit_batch(args, len(train))  # fit: a preset's number, or less where images are few
+    clusters = plumbing.fit_clusters(args, len(train))  # K_l, finest first; [] without hierarchy
+    steps_per_epoch = len(train) // batch_size  # what is left over waits for another epoch's order
     peak_lr = args.base_lr * batch_size / 256
     augmentation = AUGMENTATIONS[args.preset]._replace(size=args.image_size)
 
@@ -303,22 +305,22 @@ def main(args):
               peak_lr=peak_lr, chance_level_loss={name: round(loss, 4) for name, loss in chance.items()})
     start_epoch, start_step, hierarchy = run.resume(device, model=model, optimizer=optimizer)
 
-    # ---- [shared] features and tree
+    # ---- [shared] features(network, images), central crops in evaluation mode; knn(), accuracies; the tree
     features, knn = plumbing.evaluation(args, device, train, test, exported.backbone)
 
     def grow_tree(x, seed):  # features (n, D) of this process's pictures -> the Hierarchy of all N
-        return common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=seed)
+        return common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=seed)  # the mean of phi
 
     # ---- [shared] epochs
     if start_epoch == start_step == 0:
         run.write(dict(epoch=0, knn=knn(), knn_pixels=plumbing.knn_of_pixels(train, test, args.image_size, device)))
     for epoch in range(start_epoch, args.epochs):
 
-        # ---- [shared: tree] tree of the epoch
+        # ---- [shared: tree] tree of the epoch; one resumed half-way (start_step > 0) has it from the checkpoint
         if clusters and epoch >= args.warmup_epochs and start_step == 0:
             hierarchy = grow_tree(F.normalize(features(clustered, train), dim=1), seed=args.seed + epoch)
 
-        # ---- [shared] batches
+        # ---- [shared] batches: index (B,), places in the data set; crops, a list of views (B, 3, S, S)
         batches = common.batches(train, batch_size, views, seed=args.seed, epoch=epoch, start=start_step, device=device,
                                  workers=args.workers)
         for step, index, crops in run.timed(batches, epoch, steps_per_epoch - start_step):
@@ -345,7 +347,7 @@ def main(args):
                        "prototypes_in_use": model.in_use(scores[:2], now, steps_per_epoch)}
             model.enqueue(whole_batch.transpose(0, 1))
 
-            # ---- [shared: hirl] path loss
+            # ---- [shared: hirl] path loss; leaves are drawn for the whole batch, a process takes its rows
             if hierarchy:
                 z = F.normalize(torch.stack([head(raw) for head in model.heads], dim=1), dim=2)  # (B, L, D)
                 leaves = torch.randint(len(hierarchy.prototypes[0]), (batch_size, args.negative_paths), device=device,
@@ -356,10 +358,10 @@ def main(args):
             # ---- [shared] step
             optimizer.zero_grad()
             sum(losses.values()).backward()
-            ranks.average(p.grad for p in model.parameters())
+            ranks.average(p.grad for p in model.parameters())  # over processes
             optimizer.step()
 
-            # ---- [shared: tree] log
+            # ---- [shared: tree] log; after Ctrl-C or SIGTERM the run, with its tree, is saved here and stops
             run.end_step(epoch, step, {**losses, **watched}, hierarchy)
         run.end_epoch(epoch, hierarchy, knn, clusters_in_use=hierarchy and [len(a.unique()) for a in hierarchy.assign])
         start_step = 0

@@ -257,7 +257,7 @@ def fit_batch(args, pictures):
 
 
 def evaluation(args, device, train, test, backbone):
-    """features(network, images) -> (n, F) of own pictures; knn() -> the backbone's accuracies in percent, or None."""
+    """features(network, images) -> (n, width), own rows; knn() -> the backbone's accuracies in percent, or None."""
     features = partial(networks.extract_features, size=args.image_size, device=device, workers=args.workers,
                        amp=args.amp)
     return features, lambda: common.knn_accuracy(train, test, lambda images: features(backbone, images))
@@ -437,11 +437,11 @@ class Run:
                        for name, values in cells.items()))
 
     def save_backbone(self, net):
-        """backbone.pt: torchvision's key names, without fc."""
+        """backbone.pt: torchvision's key names, without fc (a ViT: without heads)."""
         write_atomically(self.folder / "backbone.pt", {k: v.cpu().contiguous() for k, v in net.state_dict().items()})
 
     def verdict(self):
-        """The last lines of a run: what was reached against pixels and chance, and what to run next."""
+        """The last lines of a run: what was reached against pixels and the untrained network, and what to run next."""
         knn = {"raw pixels": self.log[0].get("knn_pixels"), "untrained network": self.log[0]["knn"],
                "trained network": self.log[-1]["knn"]}
         if knn["trained network"]:

@@ -184,32 +184,38 @@ gpu-30 1 hcsc.py --prototype-weight 1
 
 TEXTURES = {"kNN, 3 families": "knn 0", "9 kinds": "knn 1", "27 leaves": "knn 2"}
 CIFAR = {"kNN, 20 classes": "knn 0", "100 classes": "knn 1"}
-TABLES = {  # a study or two and the columns, heading: measure; the rows, where not all
+BEFORE = {"100 classes by kNN, untrained network": "first 1"}
+HIRL = ["hirl_moco.py --clusters 810 270 27", "hirl_simclr.py", "hirl_swav.py", "hirl_simsiam.py", "hirl_mocov3.py",
+        "hirl_dino.py", "hirl_ibot.py"]
+TABLES = {  # a study or two and the columns, heading: measure; the rows, where not all; a row of pooled differences
     "summary": ("textures bases", {"27 leaves by kNN, the plain method": "plain knn 2", "with": "knn 2", "difference":
                                    "difference knn 2", "difference by the linear probe": "difference linear"},
-                ["hirl_moco.py --clusters 810 270 27", "hcsc.py --clusters 810 270 27",
-                 "hcsc.py --clusters 81 54 27 --prototype-weight 1", "csml.py", "hirl_simclr.py", "hirl_swav.py",
-                 "hirl_simsiam.py", "hirl_mocov3.py", "hirl_dino.py", "hirl_ibot.py"]),
+                ["hcsc.py --clusters 810 270 27", "hcsc.py --clusters 81 54 27 --prototype-weight 1", "csml.py", *HIRL],
+                ("mean of the seven of HIRL", HIRL)),
     "default": ("default", {**TEXTURES, "error, of before": "error", "CPU minutes": "cpu"}),
     "textures": ("textures", {**TEXTURES, "linear, 27 leaves": "linear", "27 leaves by kNN, beside the plain method":
                               "difference knn 2", "by the linear probe": "difference linear"}),
-    "textures-trees": ("textures", {"NMI, 3 clusters": "nmi 3", "9": "nmi 9", "27": "nmi 27", "rank correlation":
-                                    "rank", "rank correlation, beside the plain method": "difference rank",
-                                    "9 kinds by kNN": "difference knn 1", "CPU minutes": "cpu"}),
-    "validation": ("validation", {**TEXTURES, "27 leaves, beside the plain method": "difference knn 2"}),
-    "bases": ("bases", {**TEXTURES, "linear, 27 leaves": "linear", "27 leaves by kNN, beside the plain method":
-                        "difference knn 2", "by the linear probe": "difference linear"}),
-    "cifar100-12": ("cifar100-12", {**CIFAR, "linear, 100 classes": "linear", "rank correlation": "rank",
-                                    "100 classes by kNN, beside the plain method": "difference knn 1",
-                                    "by the linear probe": "difference linear"}),
-    "cifar100-validation": ("cifar100-validation", {**CIFAR, "100 classes, beside the plain method":
-                                                    "difference knn 1"}),
-    "health": ("health", {**CIFAR, "spread of embeddings (1: all ways)": "last feature_std", "entropy of targets":
-                          "last entropy", "of their mean": "last entropy_of_mean", "outputs in use":
-                          "last prototypes_in_use"}),
+    "textures-trees": ("textures", {**{f"NMI, {k} clusters": f"nmi {k}" for k in (3, 9, 27)},
+                                    "rank correlation": "rank", "rank correlation, beside the plain method":
+                                    "difference rank",
+                                    "9 kinds by kNN, beside the plain method": "difference knn 1"}),
+    "validation": ("validation", {**TEXTURES, "9 kinds, beside the plain method": "difference knn 1",
+                                  "27 leaves, beside the plain method": "difference knn 2"}),
+    "bases": ("bases", {**TEXTURES, "linear, 27 leaves": "linear", "9 kinds by kNN, beside the plain method":
+                        "difference knn 1", "27 leaves by kNN": "difference knn 2", "by the linear probe":
+                        "difference linear"}),
+    **{study: (study, {**BEFORE, **CIFAR, "linear, 100 classes": "linear", "rank correlation": "rank",
+                       "20 classes by kNN, beside the plain method": "difference knn 0", "100 classes by kNN":
+                       "difference knn 1", "by the linear probe": "difference linear"})
+       for study in ("cifar100", "cifar100-12")},
+    "cifar100-validation": ("cifar100-validation", {**CIFAR, "20 classes, beside the plain method": "difference knn 0",
+                                                    "100 classes": "difference knn 1"}),
+    "health": ("health", {**BEFORE, **CIFAR, "spread of embeddings (1: all ways)": "last feature_std",
+                          "entropy of targets": "last entropy", "of their mean": "last entropy_of_mean",
+                          "outputs in use": "last prototypes_in_use"}),
     "gpu-30": ("gpu-30", {**CIFAR, "linear, 100 classes": "linear", "rank correlation": "rank",
                           "100 classes by kNN, beside the plain method": "difference knn 1", "by the linear probe":
-                          "difference linear", "minutes": "minutes"}),
+                          "difference linear", "minutes, of three runs at once": "minutes"}),
     "gpu": ("gpu", {**CIFAR, "linear, 100 classes": "linear", "100 classes by kNN, beside the plain method":
                     "difference knn 1", "minutes": "minutes"}),
 }
@@ -448,7 +454,7 @@ def settings(study):
             for command, run in found.items()}
 
 
-def chosen_settings(of, studies, _, commands=()):
+def chosen_settings(of, studies, _, commands=(), *__):
     """The rows of a table, in the order of the commands where these are given."""
     found = {command: setting for study in studies.split() for command, setting in of[study].items()}
     return [found[command] for command in commands or found]
@@ -461,17 +467,33 @@ def made_of_logs():
     curves = {command: (colour, [*of[study][command].logs.values()]) for command, colour in colours.items()}
     return {"verdict": verdict(of["default"]["hirl_moco.py"]), "cost": cost_table(COSTS, ROOT / "results"),
             "files": file_table(FILES, ROOT),
-            **{name: study_table(chosen_settings(of, *table), table[1]) for name, table in TABLES.items()},
+            **{name: study_table(chosen_settings(of, *table), table[1], *table[3:]) for name, table in TABLES.items()},
             }, picture(curves, panels)
 
 
+def flaw(run):
+    """What is wrong with the log that is kept of a run, in words, or None."""
+    log, folder = read(run), ROOT / "results" / run.id
+    if not log:
+        return None
+    config = json.loads((folder / "config.json").read_text())
+    asked, epochs = log.run.get("made_as", run.arguments).split(",")[0], config["arguments"]["epochs"]
+    if not f"{config['command'].partition(' ')[2]} ".startswith(f"{asked.format(cifar100='cifar100')} "):
+        return f"was made by another command than its run.json says: {config['command']}"
+    if log.rows[-1]["epoch"] != epochs:
+        return f"ends at epoch {log.rows[-1]['epoch']} of {epochs}"
+    return None if log.results or not STUDIES[run.study][1] else "has no evaluation"
+
+
 def check():
-    """What is wrong with the pages and the picture, a line each."""
-    (made, drawn), wrong = made_of_logs(), []
+    """What is wrong with the logs, the pages and the picture, a line each."""
+    (made, drawn), wrong = made_of_logs(), [f"results/{run.id} {bad}" for run in all_runs() if (bad := flaw(run))]
+    shown = {block[2] for page in PAGES for block in BLOCK.finditer(page.read_text())}
+    wrong += [f"table {name} is on no page" for name in made if name not in shown]
     for page in PAGES:
         text, name = page.read_text(), page.relative_to(ROOT)
-        wrong += [f"{name}: table {block[2]} is not what its logs give" for block in BLOCK.finditer(text)
-                  if block[0] != rendered(block[0], made) or block[2] not in made]
+        for is_, ought in zip(BLOCK.finditer(text), BLOCK.finditer(rendered(text, made))):
+            wrong += [f"{name}: table {is_[2]} is not what its logs give"] * (is_[0] != ought[0])
         wrong += [f"{name}: {number} is in no log that its paragraph names" for number in unfounded(text, ROOT)]
     path = ROOT / "results" / "knn.svg"
     return wrong + ["results/knn.svg is not what its logs give"] * (not path.exists() or path.read_text() != drawn)
@@ -505,7 +527,7 @@ def main():
     args = parse_args()
     if args.check:
         wrong = check()
-        print("\n".join(wrong) or "every table and number is what its logs give")
+        print("\n".join(wrong) or "the tables are what the logs give, and decimal numbers in the text are in a log")
         sys.exit(bool(wrong))
     chosen = [(run, read(run)) for run in all_runs() if fnmatch.fnmatch(run.id, args.only)]
     missing = [run for run, log in chosen if not log or args.renew and age(run, log)]

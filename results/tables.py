@@ -20,8 +20,8 @@ class Log(NamedTuple):
     def measure(self, what):
         """A number by the name that the list of tables gives it; None where it was not evaluated."""
         name, _, place = what.partition(" ")
-        if name == "knn":  # percent, a label depth
-            return self.rows[-1]["knn"][int(place)]
+        if name in ("knn", "first"):  # percent, a label depth; of the trained, of the untrained network
+            return self.rows[-1 if name == "knn" else 0]["knn"][int(place)]
         if name == "last":  # a figure of the last epoch's row
             return self.rows[-1].get(place)
         if name in ("cpu", "minutes"):
@@ -51,8 +51,17 @@ class Setting(NamedTuple):
 
 # ---- cells
 
-DIGITS = {"nmi": 3, "rank": 3, "last": 2}  # of a measure, by its first word; else 1
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # two-sided, by df
+DIGITS = {"nmi": 3, "rank": 3, "last": 2, "last prototypes_in_use": 0}  # of a measure, by name or first word; else 1
+T95 = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145  # by df, from 1
+
+
+def digits_of(what):
+    return DIGITS.get(what, DIGITS.get(what.split()[0], 1))
+
+
+def signed(value, digits):
+    """With a sign, unless it rounds to 0."""
+    return f"{value:+.{digits}f}" if float(f"{value:.{digits}f}") else f"{0:.{digits}f}"
 
 
 def mean_std(values, digits):
@@ -65,20 +74,26 @@ def mean_std(values, digits):
 def interval(differences):
     """Mean and half width of the 95 % interval of Student's t; None for the width of one value."""
     mean, n = statistics.mean(differences), len(differences)
-    return mean, T95[n - 1] * statistics.stdev(differences) / n ** 0.5 if n > 1 else None
+    return mean, T95[n - 2] * statistics.stdev(differences) / n ** 0.5 if n > 1 else None
 
 
-def difference(logs, plain, what):
-    """Paired over the seeds that both have, with its interval and the word that follows from it."""
-    both = [log.measure(what) - plain[seed].measure(what) for seed, log in logs.items() if seed in plain]
-    if not both:
+def differences(logs, plain, what):
+    """seed -> difference, of the seeds that both have."""
+    pairs = {seed: (log.measure(what), plain[seed].measure(what)) for seed, log in logs.items() if seed in plain}
+    return {seed: own - other for seed, (own, other) in pairs.items() if None not in (own, other)}
+
+
+def said(differences, digits, of_one="one seed"):
+    """Mean of paired differences, its interval, and the word that follows from it."""
+    if not differences:
         return ""
-    mean, half = interval(both)
-    digits = DIGITS.get(what.split()[0], 1)
+    mean, half = interval(differences)
     if half is None:
-        return f"{mean:+.{digits}f}, one seed"
-    word = "helps " if mean > half else "hurts " if mean < -half else ""
-    return f"{word}{mean:+.{digits}f} [{mean - half:+.{digits}f}, {mean + half:+.{digits}f}]"
+        return f"{signed(mean, digits)}, {of_one}"
+    low, high = mean - half, mean + half
+    word = "helps " if low > 0 else "hurts " if high < 0 else ""
+    finer = digits + bool(word and not float(f"{min(low, high, key=abs):.{digits}f}"))  # a bound near 0 shows its side
+    return f"{word}{signed(mean, digits)} [{signed(low, finer)}, {signed(high, finer)}]"
 
 
 def cell(setting, what):
@@ -88,15 +103,27 @@ def cell(setting, what):
     if what.startswith("plain "):
         return cell(setting._replace(logs=setting.plain), what.removeprefix("plain ")) if setting.plain else ""
     if what.startswith("difference "):
-        return difference(setting.logs, setting.plain, what.removeprefix("difference "))
-    return mean_std([log.measure(what) for log in logs], DIGITS.get(what.split()[0], 1))
+        what = what.removeprefix("difference ")
+        return said([*differences(setting.logs, setting.plain, what).values()], digits_of(what))
+    return mean_std([log.measure(what) for log in logs], digits_of(what))
+
+
+def pooled(settings, what):
+    """The same over the means of several settings, for a method on several bases."""
+    means = [statistics.mean(found) for s in settings if (found := differences(s.logs, s.plain, what).values())]
+    return said(means, digits_of(what), "one base")
+
+
+def seeds(logs):
+    """How many; which, where they are not the first."""
+    return str(len(logs)) if {*logs} == {*range(len(logs))} else f"{len(logs)} ({', '.join(map(str, sorted(logs)))})"
 
 
 # ---- tables
 
 MARKS = {  # of a row by the age of its code, explained below the table
-    "earlier code, same figures": "† made by earlier code, which in three epochs logs the same digits as today's",
-    "earlier code": "‡ made by earlier code",
+    "earlier code, same figures": "† trained by earlier code, which in three epochs on textures logs today's digits",
+    "earlier code": "‡ trained by earlier code",
 }
 
 
@@ -104,13 +131,20 @@ def markdown(lines):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def study_table(settings, columns):
-    """columns: heading -> measure. What has no log is "not run". Rows of earlier code have a mark, explained below."""
+def study_table(settings, columns, last=("", ())):
+    """columns: heading -> measure; last: label and commands of a row of pooled differences.
+
+    What has no log is "not run". Rows of earlier code have a mark, explained below.
+    """
     lines = [["", "seeds", *columns], ["---"] * (len(columns) + 2)]
     for setting in settings:
         label = f"{setting.label} {MARKS.get(setting.age, '')[:1]}".strip()
         cells = [cell(setting, what) if setting.logs else "" for what in columns.values()]
-        lines.append([label, str(len(setting.logs) or "not run"), *cells])
+        lines.append([label, seeds(setting.logs) if setting.logs else "not run", *cells])
+    label, chosen = last[0], [setting for setting in settings if setting.label.strip("`") in last[1]]
+    if chosen:
+        lines.append([label, "", *(pooled(chosen, what.removeprefix("difference ")) if what.startswith("difference ")
+                                   else "" for what in columns.values())])
     marks = [text for age, text in MARKS.items() if age in [setting.age for setting in settings]]
     return markdown(lines) + "\n\n" * bool(marks) + "; ".join(marks)
 
@@ -191,17 +225,28 @@ def picture(curves, panels):
 
 # ---- pages
 
+
+def intervals(made):
+    """How many intervals these tables hold, and how many exclude 0."""
+    cells = [cell for text in made for cell in re.findall(r"[^|]* \[[-+0-9.]+, [-+0-9.]+\]", text)]
+    apart = sum("helps" in cell or "hurts" in cell for cell in cells)
+    return (f"The tables of this page hold {len(cells)} intervals. {apart} exclude 0; {0.05 * len(cells):.0f} would by "
+            "chance if nothing made a difference.")
+
+
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.S)
 
 
 def rendered(page, made):
     """A page with the text between its markers replaced by what is `made` (name -> text) of the logs."""
+    made = made | {"intervals": intervals([made.get(block[2], "") for block in BLOCK.finditer(page)])}
     return BLOCK.sub(lambda block: f"{block[1]}\n{made.get(block[2], 'no such table')}\n\n{block[3]}", page)
 
 
 def unfounded(page, root):
     """Numbers without a log: those with a decimal point or in percent, outside code and the tables between markers,
-    that no .txt, .json or .jsonl of results/ named in their paragraph holds, as it stands or rounded.
+    that no .txt, .json or .jsonl of results/ named in their paragraph holds, as it stands or rounded. Words, other
+    whole numbers and what stands in backticks are not looked at, nor which of a log's numbers it is.
     """
     bad = []
     for paragraph in re.sub(r"^    .*?$", "", BLOCK.sub("", page), flags=re.M).split("\n\n"):

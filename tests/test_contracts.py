@@ -225,14 +225,10 @@ LIFTED = {  # function of common.py: the sections, of it and of ranks.py, that h
     "nearest_neighbours": ["ranks and rows", "k-means and hierarchy", "kNN and neighbours"],
 }
 SECTIONS = {**blocks(ROOT / "ranks.py"), **blocks(ROOT / "common.py")}
-PASTE_IMPORTS = """
-import contextlib, itertools, math, warnings
-from typing import NamedTuple
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor
-"""  # what stands above the pasted sections
+PASTE_IMPORTS = "\n".join(
+    ast.unparse(node) for path in (ROOT / "ranks.py", ROOT / "common.py") for node in tree_of(path).body
+    if isinstance(node, ast.Import | ast.ImportFrom) and "ranks" not in ast.unparse(node)
+    and "textures" not in ast.unparse(node))  # what README says to put above the pasted sections
 
 
 def sections_needed(name):
@@ -282,9 +278,8 @@ def test_the_piece_of_readme_runs(tmp_path, monkeypatch):
     (tmp_path / "runs/x").mkdir(parents=True)
     weights = torchvision.models.resnet18().state_dict()
     torch.save({name: w for name, w in weights.items() if not name.startswith("fc.")}, "runs/x/backbone.pt")
-    namespace = dict(torch=torch, torchvision=torchvision, features=unit(1200, 16, dtype=torch.float32),
-                     index=torch.arange(7), z=unit(7, 3, 16, dtype=torch.float32), q=unit(7, 16), k=unit(7, 16),
-                     queue=unit(40, 16), masks=[torch.ones(7, 40)] * 3)
+    namespace = dict(features=unit(1200, 16, dtype=torch.float32), index=torch.arange(7), q=unit(7, 16), k=unit(7, 16),
+                     z=unit(7, 3, 16, dtype=torch.float32), queue=unit(40, 16))
     exec(code, namespace)
     assert namespace["loss"].isfinite() and namespace["losses"].isfinite().all()
     assert namespace["neighbours"].shape == (1200, 5)

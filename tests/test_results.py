@@ -46,7 +46,7 @@ def copy(tmp_path):
 
 @pytest.fixture
 def log(copy):
-    """log.jsonl of a run in the main README's tables, passed off as made by today's code."""
+    """log.jsonl of a run in a page's table, passed off as made by today's code."""
     folder = next(path.parent for path in sorted(copy.glob("results/*/*/run.json")) if "health" in str(path))
     about = json.loads((folder / "run.json").read_text())
     script = about["arguments"].split()[0]
@@ -82,6 +82,35 @@ def test_a_changed_log_is_found(copy, log):
 def test_a_lost_log_is_found(copy, log):
     shutil.rmtree(log.parent)
     assert reproduce(copy, "--check")[0] == 1
+
+
+def test_a_log_that_is_cut_off_is_found(copy, log):
+    """Even where the tables are written anew from it."""
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-4]))
+    reproduce(copy, "--tables")
+    code, said = reproduce(copy, "--check")
+    assert code == 1 and f"results/health/{log.parent.name} ends at epoch 8 of 12" in said
+
+
+def test_a_log_of_another_command_is_found(copy, log):
+    edit(log.parent / "config.json", "--seed 0", "--seed 1")
+    code, said = reproduce(copy, "--check")
+    assert code == 1 and "was made by another command" in said
+
+
+def test_a_lost_evaluation_is_found(copy):
+    (copy / "results/textures/hcsc-clusters-810-270-27-0/eval.json").unlink()
+    assert reproduce(copy, "--tables")[0] == 0
+    code, said = reproduce(copy, "--check")
+    assert code == 1 and "results/textures/hcsc-clusters-810-270-27-0 has no evaluation" in said
+
+
+def test_a_table_on_no_page_is_found(copy):
+    page = copy / "results" / "README.md"
+    page.write_text(re.sub(r"<!-- table: bases -->.*?<!-- end -->", "", page.read_text(), flags=re.S))
+    reproduce(copy, "--tables")
+    code, said = reproduce(copy, "--check")
+    assert code == 1 and "table bases is on no page" in said
 
 
 def test_other_code_must_be_said(copy, log):
@@ -187,17 +216,39 @@ def test_what_was_stopped_goes_on_and_its_log_is_kept(tmp_path, monkeypatch):
     assert r.age(second, log) == "earlier code"
 
 
-@pytest.mark.parametrize(("differences", "text"), [
+@pytest.mark.parametrize(("values", "text"), [
     ([2.0, 2.0, 2.0], "helps +2.0 [+2.0, +2.0]"),
     ([1.0, 2.0, 3.0], "+2.0 [-0.5, +4.5]"),  # 2 ± 4.303 * 1 / sqrt(3)
     ([-1.0, -2.0, -1.0, -2.0, -1.5], "hurts -1.5 [-2.1, -0.9]"),  # 1.5 ± 2.776 * 0.5 / sqrt(5)
-    ([0.5], "+0.5, one seed")])
-def test_a_word_needs_an_interval_without_0(differences, text, monkeypatch):
+    ([-1.0, -1.2, -0.2], "-0.8 [-2.1, +0.5]"),
+    ([-1.0, -1.2, -0.76], "hurts -1.0 [-1.5, -0.4]"),
+    ([-0.7, -0.97, -0.43], "hurts -0.7 [-1.37, -0.03]"),  # 0.7 ± 4.303 * 0.27 / sqrt(3): one sees that it is below 0
+    ([-0.01, 0.01, -0.02], "0.0 [0.0, 0.0]"),
+    ([0.5], "+0.5, one seed"),
+    ([], "")])
+def test_a_word_needs_an_interval_without_0(values, text, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "results")
     import tables
 
-    def log(value):
-        return tables.Log({}, [dict(knn=[value])], {})
+    assert tables.said(values, 1) == text
 
-    plain = {seed: log(10.0) for seed in range(9)}
-    assert tables.difference({seed: log(10.0 + d) for seed, d in enumerate(differences)}, plain, "knn 0") == text
+
+def test_differences_are_over_the_seeds_that_both_rows_have(monkeypatch):
+    """Those that were evaluated; and a pooled row is the mean over settings of their means."""
+    monkeypatch.syspath_prepend(ROOT / "results")
+    import tables
+
+    def logs(values):
+        return {seed: tables.Log({}, [dict(knn=[value])], dict(linear=[dict(last=value)] if value < 50 else []))
+                for seed, value in values.items()}
+
+    a = tables.Setting("a", "", logs({0: 10.0, 1: 20.0, 2: 30.0}), logs({0: 11.0, 2: 33.0, 5: 99.0}))
+    b = tables.Setting("b", "", logs({0: 10.0}), logs({0: 60.0}))
+    assert tables.differences(a.logs, a.plain, "knn 0") == {0: 1.0, 2: 3.0}
+    assert tables.differences(b.logs, b.plain, "linear") == {}
+    assert tables.seeds(a.logs) == "3 (0, 2, 5)" and tables.seeds(a.plain) == "3"
+    assert tables.pooled([a, b], "knn 0") == "+26.0 [-278.9, +330.9]"  # 26 ± 12.706 * 33.94 / sqrt(2)
+    assert tables.pooled([a, b], "linear") == "+2.0, one base"
+    table = tables.study_table([a, b], {"kNN": "knn 0", "difference": "difference knn 0"}, ("both", ["a", "b"]))
+    assert table.splitlines()[-1] == "| both |  |  | +26.0 [-278.9, +330.9] |"
+    assert tables.intervals([table]).startswith("The tables of this page hold 2 intervals. 0 exclude 0; 0 would")
