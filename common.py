@@ -145,7 +145,7 @@ def load_data(data, data_root="data", device="cpu", validation=False):
     Pictures that fit are one tensor on the device. A folder holds `train/` and `val/` (or `test/`), or just pictures;
     torchvision's sets are downloaded to `data_root` on first use. Raises Stop when there is nothing to read.
     """
-    test, root = None, Path(data)
+    test, root = None, Path(data or "''")  # Path("") would be this folder
     if data == "textures":
         train, test = (Images([f"{i:05d}" for i in range(len(y))], y, TEXTURE_NAMES, pixels=x)
                        for x, y in (textures(200, seed=0), textures(40, seed=2 if validation else 1)))
@@ -159,7 +159,7 @@ def load_data(data, data_root="data", device="cpu", validation=False):
         train = folder(root)
     else:
         what = "is a file, not a folder" if root.exists() else "does not exist, or may not be read"
-        raise Stop(f"--data {data} {what}: give textures, cifar10, cifar100, stl10 or a folder of pictures")
+        raise Stop(f"--data {root} {what}: give textures, cifar10, cifar100, stl10 or a folder of pictures")
     if validation and data != "textures":
         held_out = train.index_of % 10 == 0  # a stand-in goes where its original goes
         if train.labels is not None:

@@ -311,7 +311,7 @@ def main(args):
 
     # ---- [shared] epochs
     if start_epoch == start_step == 0:
-        run.write(dict(epoch=0, knn=knn(), knn_pixels=plumbing.knn_of_pixels(train, test, args.image_size, device)))
+        run.write(dict(epoch=0, knn=knn(), knn_pixels=networks.knn_of_pixels(train, test, args.image_size, device)))
     for epoch in range(start_epoch, args.epochs):
 
         # ---- [method] neighbours of the epochs to come

@@ -71,11 +71,11 @@ def parse_args(argv=None):
     add("--validation", action="store_true", help="on pictures held out from training, not the test's (the run's)")
     add("--out", metavar="FILE", help="for the results (eval.json in the run folder, or here)")
     add("--protocol", nargs="+", choices=list(PROTOCOLS), default=["linear", "knn"], help="what to compute")
-    add("--labels", type=positive(float, most=1), default=1.0, help="of each class, in linear and finetune")
+    add("--labels", type=positive(float, most=1), default=1.0, help="share of each class used, in linear and finetune")
     add("--depth", type=int, nargs="+", help="of the labels, 0 the coarsest (all; linear, finetune: the finest)")
     add("--linear", choices=["features", "augment"], default="features", help="cached features, or random crops")
     add("--epochs", type=positive(int), default=100, help="of the linear probe")
-    add("--batch-size", type=positive(int), default=256, help="pictures a step (finetune: up to a 16th, or 16)")
+    add("--batch-size", type=positive(int), default=256, help="pictures a step (finetune: at most a 16th, or 16)")
     add("--lr", type=positive(float), nargs="+", default=[0.01, 0.03, 0.1, 0.3, 1.0, 3.0],
         help="of the linear probe, each times batch-size / 256")
     add("--schedule", choices=["cosine", "step"], default="cosine", help="step: a tenth at 60 and 80 %% of epochs")
@@ -83,7 +83,7 @@ def parse_args(argv=None):
     add("--finetune-epochs", type=positive(int), default=50, help="of fine-tuning")
     add("--lr-trunk", type=positive(float, zero=True), default=0.1, help="fine-tuning, times batch-size / 256")
     add("--lr-head", type=positive(float), default=5.0, help="fine-tuning, times batch-size / 256")
-    add("--k", type=positive(int), default=20, help="neighbours of kNN")
+    add("--k", type=positive(int), help="neighbours of kNN (20, or all training pictures)")
     add("--temperature", type=positive(float), default=0.07, help="of kNN's votes")
     add("--clusters", type=positive(int), nargs="+", metavar="K",
         help="clusters per level of the tree, finest first (the run's, or one per class of every depth)")
@@ -110,13 +110,12 @@ def run_defaults(folder):
     path = folder / "config.json"
     if not path.is_file():
         raise Stop(f"{folder} is no run folder, it has no config.json: give the --out of a training run")
-    config = plumbing.read(path)
+    given, derived = (plumbing.read(path)[part] for part in ("arguments", "derived"))
     try:
-        told = {name: str(config["arguments"][name]) for name in ("data", "data_root", "arch", "stem", "image_size")}
+        told = {name: str(given[name]) for name in ("data", "data_root", "arch", "stem", "image_size")}
         networks.STEMS[told["stem"]]
-        return dict(told, fingerprint=config["derived"]["fingerprint"],
-                    validation=bool(config["arguments"].get("validation")),
-                    clusters=[int(k) for k in config["derived"].get("clusters") or []] or None)
+        return dict(told, fingerprint=derived["fingerprint"], validation=bool(given.get("validation")),
+                    clusters=[int(k) for k in derived.get("clusters") or []] or None)
     except (KeyError, TypeError, ValueError) as error:
         raise Stop(f"{path} is not of a training run ({error}): give another --run") from error
 
@@ -296,6 +295,7 @@ class Task:
 
     def check_numbers(self):
         args, most = self.args, max(self.classes[depth] for depth in self.depths)
+        args.k = args.k or min(20, len(self.train))
         if "knn" in args.protocol and args.k > len(self.train):
             raise Stop(f"--k {args.k} is above the {len(self.train)} labelled training pictures: give a smaller one")
         if "cluster" in args.protocol and most > len(self.test):
@@ -488,7 +488,7 @@ def hierarchy(task):
     tree = common.hierarchical_kmeans(x, task.clusters, temperature=1.0, seed=args.seed)
     trees = {"features": torch.stack(tree.assign).cpu().numpy()}  # (L, N)
     if own:  # the backbone that the run left
-        folder, left = Path(args.out).parent / "eval_tree", Path(args.run) / "clusters.csv"
+        folder, left = Path(args.out).with_name(f"{Path(args.out).stem}_tree"), Path(args.run) / "clusters.csv"
         folder.mkdir(exist_ok=True)
         in_turn(folder / "tree.png", lambda: plumbing.write_tree(folder, task.every, x, tree))
         say(f"the tree of the features: {folder}/tree.png")

@@ -103,8 +103,9 @@ def dino_arguments():
     add("--prototypes", type=plumbing.positive(int), help="outputs P of student and teacher (preset)")
     add("--free-last-layer", action="store_true", help="learn the prototypes' lengths too (DINO: in small ViTs)")
     add("--freeze-last-layer", type=count, help="first epochs that leave the prototypes as they are (preset)")
-    add("--local-crops", type=count, help="small crops beside the two global ones (preset)")
-    add("--local-size", type=plumbing.positive(int), help="side of the small crops, pixels (preset)")
+    add("--local-crops", type=plumbing.positive(int, zero=True, most=100), help="small crops beside the two global "
+        "ones (preset)")
+    add("--local-size", type=plumbing.positive(int, most=4096), help="side of the small crops, pixels (preset)")
     add("--temperature", type=above, default=0.1, help="T_s of the student (DINO)")
     add("--teacher-temperature", type=above, nargs=2, metavar="T", help="T_t of the teacher, start and end (preset)")
     add("--temperature-warmup", type=share, default=0.1, help="share of the epochs in which T_t moves (30 of 300)")
@@ -120,12 +121,6 @@ def dino_arguments():
     add("--negative-paths", type=plumbing.positive(int), help="M random paths per image (HIRL; preset)")
     add("--path-weight", type=above, default=1.0, help="of the path loss (HIRL: 1)")
     return p
-
-
-def check_crops(args, backbone):
-    """Stop where a small crop is smaller than a patch of the ViT."""
-    if args.local_crops and args.local_size < (patch := getattr(backbone, "patch_size", 1)):
-        raise common.Stop(f"--local-size {args.local_size} is less than a patch of {args.arch}: give {patch} or more")
 
 
 # ---- [method] arguments
@@ -292,7 +287,6 @@ def main(args):
 
     # ---- [method] model
     backbone, width = networks.backbone(args.arch, args.stem, args.image_size)
-    check_crops(args, backbone)
     model = DINO(Encoder(backbone, width, args.projector, args.hidden, args.dim, args.prototypes, args.free_last_layer,
                          args.init_std))
     model.heads = nn.ModuleList(level_head(args.dim) for _ in clusters)  # last, so that the rest starts as without
@@ -328,7 +322,7 @@ def main(args):
 
     # ---- [shared] epochs
     if start_epoch == start_step == 0:
-        run.write(dict(epoch=0, knn=knn(), knn_pixels=plumbing.knn_of_pixels(train, test, args.image_size, device)))
+        run.write(dict(epoch=0, knn=knn(), knn_pixels=networks.knn_of_pixels(train, test, args.image_size, device)))
     for epoch in range(start_epoch, args.epochs):
 
         # ---- [shared: tree] tree of the epoch; one resumed half-way (start_step > 0) has it from the checkpoint

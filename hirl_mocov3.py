@@ -295,7 +295,7 @@ def main(args):
 
     # ---- [shared] epochs
     if start_epoch == start_step == 0:
-        run.write(dict(epoch=0, knn=knn(), knn_pixels=plumbing.knn_of_pixels(train, test, args.image_size, device)))
+        run.write(dict(epoch=0, knn=knn(), knn_pixels=networks.knn_of_pixels(train, test, args.image_size, device)))
     for epoch in range(start_epoch, args.epochs):
 
         # ---- [shared: tree] tree of the epoch; one resumed half-way (start_step > 0) has it from the checkpoint

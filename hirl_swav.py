@@ -102,8 +102,9 @@ def parse_args(argv=None):
     add("--sinkhorn-iterations", type=plumbing.positive(int), default=3, help="of Sinkhorn (SwAV)")
     add("--prototypes", type=plumbing.positive(int), help="learnt prototypes P (SwAV; preset)")
     add("--freeze-prototypes", type=plumbing.positive(int, zero=True), help="steps before they move (SwAV; preset)")
-    add("--local-crops", type=plumbing.positive(int, zero=True), help="small crops V beside two global ones (preset)")
-    add("--local-size", type=plumbing.positive(int), help="side of the small crops, pixels (preset)")
+    add("--local-crops", type=plumbing.positive(int, zero=True, most=100), help="small crops V beside two global ones "
+        "(preset)")
+    add("--local-size", type=plumbing.positive(int, most=4096), help="side of the small crops, pixels (preset)")
     add("--queue-size", type=plumbing.positive(int, zero=True),
         help="past images Q that take part in Sinkhorn, 0: none (SwAV; preset)")
     add("--queue-epoch", type=plumbing.positive(int, zero=True), help="epoch from which it counts (SwAV; preset)")
@@ -313,7 +314,7 @@ def main(args):
 
     # ---- [shared] epochs
     if start_epoch == start_step == 0:
-        run.write(dict(epoch=0, knn=knn(), knn_pixels=plumbing.knn_of_pixels(train, test, args.image_size, device)))
+        run.write(dict(epoch=0, knn=knn(), knn_pixels=networks.knn_of_pixels(train, test, args.image_size, device)))
     for epoch in range(start_epoch, args.epochs):
 
         # ---- [shared: tree] tree of the epoch; one resumed half-way (start_step > 0) has it from the checkpoint

@@ -4,12 +4,15 @@ A script's own projectors and heads stand in the script. Letters: B batch, F bac
 height and width, h w the same in patches, S patches.
 """
 
+import re
+from functools import partial
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from common import Augmentation, Stop, ahead, make_views
+from common import Augmentation, Stop, ahead, knn_accuracy, make_views
 from ranks import local_rows
 
 
@@ -86,6 +89,28 @@ def drop_path(backbone, rate, views, batch_size, generator):
 STEMS = {"3x3": 1, "3x3s2": 2, "7x7": None}  # stride of a 3x3 first convolution without max-pool; torchvision's own
 
 
+SMALLEST = {"3x3": 5, "3x3s2": 9, "7x7": 17}  # view for which the last stage sees more than one pixel
+
+
+def check_views(args, device):
+    """Stop where a view of a run is smaller than a ViT's patch, or than a ResNet takes with --amp on the CPU.
+
+    There oneDNN leaves part of the gradient of a strided bfloat16 convolution over one pixel unwritten.
+    """
+    small, known = args.image_size, vars(args)
+    if known.get("local_crops"):
+        small = min(small, args.local_size)
+    if known.get("multi_crop"):  # hcsc.py
+        small = round(small * 3 / 7)
+    if patch := re.match(r"vit-(\d+)-|vit_.*_(\d+)$", args.arch):
+        least = int(patch[1] or patch[2])
+    else:
+        least = SMALLEST[args.stem] if args.amp and device.type == "cpu" else 1
+    if small < least:
+        raise Stop(f"a view of {small} px is too small for --arch {args.arch}{' with --amp on the CPU' * (not patch)}, "
+                   f"which needs {least}: give a larger --image-size or, with small crops, --local-size")
+
+
 def backbone(arch, stem, image_size=224):
     """(network (B, 3, H, W) -> (B, F), F): a torchvision model by name with its classifier taken off.
 
@@ -98,8 +123,8 @@ def backbone(arch, stem, image_size=224):
     try:
         if arch.startswith("vit-"):
             patch, width, depth = map(int, arch.split("-")[1:])
-            heads = 0 if width % 32 else width // (32 if width % 64 else 64)  # 0: refused
-            network = ViT(image_size, patch, depth, heads, width, 4 * width)
+            heads = 0 if width % 32 or depth < 1 else width // (32 if width % 64 else 64)  # 0: refused
+            network = ViT(image_size, patch, max(1, depth), heads, width, 4 * width)
         elif arch.startswith("vit_"):
             network = torchvision.models.get_model(arch, weights=None, image_size=image_size)
             network.__class__ = ViT
@@ -145,3 +170,10 @@ def extract_features(network, images, size, *, device="cpu", workers=0, batch_si
     if not features.isfinite().all():
         raise FloatingPointError("features are not finite")
     return features
+
+
+def knn_of_pixels(train, test, size, device):
+    """kNN accuracy of the pictures themselves; None where that would take minutes, or on a GPU several GiB."""
+    if train.pixels is None or len(train) * size**2 > (2e7 if torch.device(device).type == "cpu" else 2e8):
+        return None
+    return knn_accuracy(train, test, partial(extract_features, nn.Flatten(), size=size, device=device))

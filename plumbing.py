@@ -26,8 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn as nn
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import common
@@ -39,7 +38,9 @@ TIMEOUT = timedelta(minutes=30)  # a process that is silent for longer is lost
 LARGEST = {int: 10**9, float: 1e30}  # what float32 and the machine bear
 CLAIMED = set()  # run folders that this process has
 MAY_DIFFER = {"resume", "out", "argv", "data", "data_root", "device", "workers", "compile", "eval_every", "tensorboard",
-              "processes"}  # between a run and what resumes it
+              "processes", "threads", "torch"}  # between a run and what resumes it
+WRITTEN = "config.json", "log.jsonl", "checkpoint.pt", "backbone.pt", "tree.png", "clusters.csv"  # to the run folder
+TORN = {f"{name}.tmp" for name in WRITTEN}  # what a crash may leave
 LOWER = "stopped, any checkpoint is good; try a lower --base-lr, other numbers or no --amp, in another --out"
 
 
@@ -49,8 +50,10 @@ def launch(main, parse_args):
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started this
             setattr(sys, name, open(os.devnull, "w"))
-        getattr(sys, name).reconfigure(errors="backslashreplace")  # any name can be printed in any locale
-    warnings.filterwarnings("ignore", module="PIL|torchvision|torch.nn.init")  # of odd pictures and networks
+        with contextlib.suppress(AttributeError):  # a notebook's
+            getattr(sys, name).reconfigure(errors="backslashreplace")  # any name can be printed in any locale
+    warnings.filterwarnings("ignore", module="PIL|torchvision|torch.nn")  # of odd pictures and networks
+    warnings.formatwarning = lambda message, *_, **__: f"{message}\n"  # the others without a line of code
     code = 0
     try:
         main(parse_args())
@@ -69,7 +72,8 @@ def launch(main, parse_args):
 
 def explanation(error):
     """(exit code, sentence) of an exception that a user can cause; a fault of the program is raised again."""
-    first = str(error).partition("\n")[0]
+    first, *rest = str(error).splitlines() or [""]
+    cause = rest[0] if rest and first.endswith("raised:") else first  # as torch.compile says it
     lost = "connection|peer|timed out|gloo|nccl|watchdog|abort" if processes() > 1 else "(?!)"  # matches nothing
     for kind, words, code, sentence in (
             (Stop, "", getattr(error, "code", 1), str(error)),
@@ -78,12 +82,14 @@ def explanation(error):
             (OSError, "", 2, f"{first}: correct the path or its permissions"),
             (FloatingPointError, "", 1, f"features = nan after the last step: {LOWER}"),
             (Exception, "cxxcompiler|inductor", 2,
-             f"--compile fails here ({first}): install g++, or go on without it (--no-compile)"),
+             f"--compile fails here ({cause}): install g++ if that is it, or go on with --resume --no-compile"),
             (RuntimeError, "out of memory|alloc_failed", 1,  # CUDA's words, its libraries'
              f"out of GPU memory at {peak_memory()} GiB: give a smaller --batch-size"),
             (RuntimeError, lost, 1, f"another process stopped this one ({first}): read its sentence, then --resume"),
             (RuntimeError, "kernel size|too small", 2, f"too small views ({first}): give a larger --image-size"),
-            ((RuntimeError, MemoryError), "(allocate|enough) memory|overflow", 2, f"too large ({first}): give less")):
+            (RuntimeError, "new thread", 1, f"{first}: raise the limit of processes and threads"),
+            (RuntimeError, "(allocate|enough) memory|overflow", 2, f"too large ({first}): give less"),
+            (MemoryError, "", 2, f"too large ({first or 'out of memory'}): give less")):
         if isinstance(error, kind) and re.search(words, str(error).lower()):
             return code, sentence
     raise error
@@ -150,7 +156,7 @@ def preset_table(presets):
     """The presets side by side, for --help."""
     rows = [["preset", *presets], *(["--" + name.replace("_", "-"), *(p[name] for p in presets.values())]
                                     for name in next(iter(presets.values())))]
-    return "\n".join("".join(f"{'-'.join(map(str, v)) if isinstance(v, list) else v!s:{17 if column else 23}}"
+    return "\n".join("".join(f"{' '.join(map(str, v)) if isinstance(v, list) else v!s:{17 if column else 23}}"
                              for column, v in enumerate(row)) for row in rows)
 
 
@@ -173,7 +179,7 @@ def shared_arguments(description, presets):
     add("--base-lr", type=positive(float), help="the learning rate's peak is base-lr * batch-size / 256 (preset)")
     add("--weight-decay", type=positive(float, zero=True), help="weight decay (preset)")
     add("--clusters", type=int, nargs="+", metavar="K", help="clusters per level, finest first; 0: no tree (preset)")
-    add("--warmup-epochs", type=positive(int, zero=True), help="epochs before the hierarchy (preset, by its share)")
+    add("--warmup-epochs", type=positive(int, zero=True), help="epochs before the hierarchy (preset: a share of all)")
     add("--seed", type=positive(int, zero=True), default=0, help="of everything random")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     add("--workers", type=positive(int, zero=True), default=4, help="threads that decode pictures not kept in memory")
@@ -211,7 +217,7 @@ def resolve_arguments(parser, presets, argv=None):
 
 def preset_of(data):
     """textures, cifar (pictures up to 64 px), photos (fewer than 100,000) or imagenet."""
-    if data in common.BUILT_IN or not Path(data).is_dir():
+    if data in common.BUILT_IN or not (data and Path(data).is_dir()):
         return {"textures": "textures", "stl10": "photos"}.get(data, "cifar")
     many = [path for _, path in zip(range(100_000), common.picture_files(data))]
     small = False  # of no picture, or a damaged one: load_data will say so
@@ -248,7 +254,7 @@ def fit_clusters(args, pictures):
 def fit_batch(args, pictures):
     """--batch-size, or fewer where a preset asks for more than there are pictures; a multiple of the processes."""
     if pictures < 2 * processes():
-        raise Stop(f"{args.data} has {pictures} pictures: give at least two for each of the {processes()} processes")
+        raise Stop(f"{args.data} has {pictures} pictures to train on: give each of {processes()} processes two or more")
     batch_size = fit("batch_size", args, at_most=pictures) // processes() * processes()
     if batch_size < 2 * processes() or batch_size != args.batch_size and "--batch-size" in args.argv:
         raise Stop(f"--batch-size {args.batch_size} of {pictures} pictures must be a multiple of the {processes()} "
@@ -261,13 +267,6 @@ def evaluation(args, device, train, test, backbone):
     features = partial(networks.extract_features, size=args.image_size, device=device, workers=args.workers,
                        amp=args.amp)
     return features, lambda: common.knn_accuracy(train, test, lambda images: features(backbone, images))
-
-
-def knn_of_pixels(train, test, size, device):
-    """kNN accuracy of the pictures themselves; None where that would take minutes, or on a GPU several GiB."""
-    if train.pixels is None or len(train) * size**2 > (2e7 if torch.device(device).type == "cpu" else 2e8):
-        return None
-    return common.knn_accuracy(train, test, partial(networks.extract_features, nn.Flatten(), size=size, device=device))
 
 
 def set_lr(optimizer, lr):
@@ -296,8 +295,9 @@ class Run:
     def start(self, train, device, **derived):
         """Say what the run will do; take the folder; write config.json, or to resume compare arguments and pictures."""
         self.train, self.batch_size, path = train, derived["batch_size"], self.folder / "config.json"
+        networks.check_views(self.args, device)
         derived = dict(pictures=len(train), fingerprint=train.fingerprint(), processes=processes(), device=str(device),
-                       **derived)
+                       threads=torch.get_num_threads(), torch=torch.__version__) | derived
         now = {**vars(self.args), **derived}
         say("\n  ".join([str(self.folder), *(f"{name:20} {value}" for name, value in now.items() if name != "argv")]))
         if rank() == 0:
@@ -465,7 +465,7 @@ def check_folder(folder, resume):
     """Stop where there is no run to resume or, for a new one, more than the torn files of one that could not begin."""
     if resume and not (folder / "config.json").exists():
         raise Stop(f"{folder} holds no run to resume: leave out --resume, or correct --out")
-    if not resume and folder.exists() and not (folder.is_dir() and all(p.suffix == ".tmp" for p in folder.iterdir())):
+    if not resume and folder.exists() and not (folder.is_dir() and {p.name for p in folder.iterdir()} <= TORN):
         raise Stop(f"{folder} exists and is not overwritten: continue it with --resume, or choose another --out")
 
 
@@ -481,8 +481,8 @@ def claim(folder, resume):
             raise Stop(f"{folder} is in use by another process: let that end, or choose another --out") from error
         CLAIMED.add(folder.resolve())
     check_folder(folder, resume)  # again: a run may have begun, and ended, since we looked
-    for torn in folder.glob("*.tmp"):
-        torn.unlink()
+    for name in TORN:
+        (folder / name).unlink(missing_ok=True)
 
 
 def refuse_not_finite(state, when, name=""):
@@ -511,7 +511,7 @@ def write_atomically(path, content):
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise Stop(f"cannot write {path} ({error.strerror}): make room, then --resume what is intact", 1) from error
+        raise Stop(f"cannot write {path} ({error.strerror}): mend that, then --resume what is intact", 1) from error
 
 
 def circumstances():
@@ -572,14 +572,14 @@ def write_tree(folder, images, features, hierarchy, rows=27, columns=10):
     paths = paths.T[sizes.topk(min(rows, len(sizes))).indices.sort().values].tolist()
     size, caption, cell = 44, 96, 140  # of a picture and its margin, a caption, both; pixels
     canvas = Image.new("RGB", (len(assign) * cell + (columns - 1) * size, len(paths) * size), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(11)
+    draw = ImageDraw.Draw(canvas)
     for row, path in enumerate(paths):
         for column, level in enumerate(reversed(range(len(assign)))):
             if row and path[:column + 1] == paths[row - 1][:column + 1]:
                 continue
             members = (assign[level] == path[column]).nonzero()[:, 0]
             draw.line((column * cell, row * size, canvas.width, row * size), "gray")
-            draw.text((column * cell + 4, row * size + 4), describe(images, members), "black", font, spacing=1)
+            draw.text((column * cell + 4, row * size + 4), describe(images, members), "black", spacing=1)
             nearest = members[own[level][members].argsort(descending=True)]
             for place, i in enumerate(nearest[:1 if level else columns].tolist()):
                 picture = images.picture(i).resize((size - 4, size - 4), Image.Resampling.BICUBIC)
@@ -595,6 +595,6 @@ def describe(images, members):
         known = labels[labels >= 0].tolist()  # STL-10: most pictures carry no label
         for label, count in Counter(known).most_common(1):
             if 2 * count >= len(known):
-                name = "".join(c if c.isprintable() else "?" for c in names[label].split("/")[-1][:16])
+                name = "".join(c if c.isprintable() and c < "\u0100" else "?" for c in names[label].split("/")[-1][:16])
                 shared = f"\n{name}\n{100 * count / len(known):.0f} %"
     return f"n = {len(members)}{shared}"

@@ -110,7 +110,7 @@ def measure(args, data, variant, kernels=False):
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         for owner, name, made in (
                 (common, "load_data", lambda *_: data), (plumbing.Run, "timed", few), (common, "ahead", made_ahead),
-                (plumbing, "knn_of_pixels", lambda *_: None),
+                (networks, "knn_of_pixels", lambda *_: None),
                 (networks, "extract_features", timed(networks.extract_features, found, lambda network, images, *_: (
                     "features" if len(images) == len(data[0]) else None))),
                 (common, "hierarchical_kmeans", timed(common.hierarchical_kmeans, found, lambda *_: "tree")),

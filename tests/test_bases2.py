@@ -870,8 +870,8 @@ def test_the_loop_reads_as_the_papers_say(script, centering, tmp_path, pictures)
 def test_ibot_needs_patches_and_crops_no_smaller(tmp_path, pictures):  # noqa: F811
     for script, switches, words in ((hirl_ibot, "--arch tiny", "no patches to mask"),
                                     (hirl_ibot, "--arch vit-16-32-1 --image-size 16", "no patches to mask"),  # only one
-                                    (hirl_ibot, "--arch vit-8-32-1 --local-crops 2 --local-size 4", "give 8 or more"),
-                                    (hirl_dino, "--arch vit-8-32-1 --local-crops 2 --local-size 4", "give 8 or more")):
+                                    (hirl_ibot, "--arch vit-8-32-1 --local-crops 2 --local-size 4", "needs 8"),
+                                    (hirl_dino, "--arch vit-8-32-1 --local-crops 2 --local-size 4", "needs 8")):
         with pytest.raises(common.Stop, match=words):
             run(script, tmp_path / "run", pictures, *switches.split())
         assert not (tmp_path / "run").exists()

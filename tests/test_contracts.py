@@ -65,7 +65,7 @@ def test_every_script_has_every_shared_block():
 
 def test_sizes():
     """Lines of a file; of a script's main and of the loop over its batches."""
-    most = {"textures.py": 140, "common.py": 950, "networks.py": 147, "ranks.py": 150, "plumbing.py": 600,
+    most = {"textures.py": 140, "common.py": 950, "networks.py": 180, "ranks.py": 150, "plumbing.py": 600,
             "test_losses.py": 900, "eval_linear.py": 600, "hirl_moco.py": 290, "hirl_simclr.py": 290, "hcsc.py": 340,
             "csml.py": 380, "hirl_swav.py": 380, "hirl_dino.py": 400, "hirl_ibot.py": 455}
     for path in [*HOUSE, *SCRIPTS, ROOT / "test_losses.py"]:

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import common
+import networks
 import plumbing
 import ranks
 
@@ -130,7 +131,7 @@ def train_on_stand_in(script, argv, monkeypatch):
     for module, name, value in [
             (plumbing, "set_up", lambda args: DEVICE), (plumbing, "Run", Run),
             (plumbing, "evaluation", lambda args, *_: (lambda *_: on_device(PICTURES, args.dim), lambda: None)),
-            (plumbing, "knn_of_pixels", lambda *_: None), (common, "load_data", lambda *_: (images, None)),
+            (networks, "knn_of_pixels", lambda *_: None), (common, "load_data", lambda *_: (images, None)),
             (common, "hierarchical_kmeans", tree),
             (common, "nearest_neighbours", lambda x, k: torch.arange(k).repeat(PICTURES, 1)),
             (ranks, "random_state", lambda *place, device=None: random_state(*place)),  # neither of these

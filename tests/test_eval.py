@@ -388,7 +388,8 @@ def test_every_protocol_on_a_run(run, monkeypatch, capsys, tmp_path):
     assert features["tree"] == "features" and features["rank_correlation"] > 0.3
     perfect = [r for r in results["hierarchy"] if r["tree"] == "clusters.csv" and r["clusters"] == r["classes"]]
     assert len(perfect) == 2 and all(r["nmi"] == r["ami"] == r["ari"] == r["purity"] == 1 for r in perfect)
-    assert (tmp_path / "eval_tree" / "tree.png").stat().st_size > 0
+    tree = tmp_path / "eval_tree" / "clusters.csv"
+    before = tree.read_bytes()
     assert sorted(p.name for p in run.iterdir()) == ["backbone.pt", "clusters.csv", "config.json", "data"]
 
     # Again, into the same file, with random crops and few labels: the first results are kept.
@@ -398,6 +399,23 @@ def test_every_protocol_on_a_run(run, monkeypatch, capsys, tmp_path):
     again = json.loads(out.read_text())
     assert code == 0 and saved.pop("earlier") == [] and again["earlier"] == [saved]
     assert again["pictures"]["labelled"] == 8 and [row["depth"] for row in again["results"]["linear"]] == [0, 1]
+
+    # And into another file, beside it, with another tree: that of the first stays.
+    code, _, _ = evaluate(monkeypatch, capsys, "--run", run, "--protocol", "hierarchy", "--clusters", 2, "--out",
+                          tmp_path / "b.json")
+    assert code == 0 and tree.read_bytes() == before != (tmp_path / "b_tree" / "clusters.csv").read_bytes()
+
+
+def test_as_many_neighbours_as_there_are_pictures(run, monkeypatch, capsys, tmp_path):
+    """Unless --k says how many: then it is refused where there are fewer (below)."""
+    write_pictures(tmp_path / "few", 3, np.random.default_rng(3))
+    code, _, errors = evaluate(
+        monkeypatch, capsys, "--backbone", run / "backbone.pt", "--arch", "tiny", "--stem", "3x3", "--image-size", 16,
+        "--data", tmp_path / "few", "--protocol", "knn", "--out", tmp_path / "e.json")
+    saved = json.loads((tmp_path / "e.json").read_text())
+    pictures = saved["pictures"]["train"]
+    assert (code, errors) == (0, "") and pictures < 20
+    assert [row["k"] for row in saved["results"]["knn"]] == [pictures, pictures]
 
 
 def test_pictures_decoded_on_demand_and_no_test_split(run, monkeypatch, capsys, tmp_path):

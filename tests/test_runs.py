@@ -196,7 +196,7 @@ def test_an_evaluation_that_fails_costs_no_step(error, ended, kept, pictures, tm
         real, calls = common.knn_accuracy, []
         def failing(*args):
             calls.append(args)
-            if len(calls) == 4:  # after those of pixels, of the untrained network, of the first epoch
+            if len(calls) == 3:  # after those of the untrained network and of the first epoch
                 raise {error}
             return real(*args)
         common.knn_accuracy, sys.argv[0] = failing, "hirl_moco.py"
@@ -258,7 +258,7 @@ def test_signals_from_outside_and_kill_9(whole, pictures, tmp_path):
     assert not [*folder.glob("*.tmp")]
 
 
-@pytest.mark.parametrize("limit", (2000, 100_000))
+@pytest.mark.parametrize("limit", (3000, 100_000))
 def test_full_disk_before_the_first_checkpoint(limit, pictures, tmp_path):
     """One sentence, and nothing half-written remains."""
     script = SCRIPTS[0]
@@ -271,6 +271,7 @@ def test_full_disk_before_the_first_checkpoint(limit, pictures, tmp_path):
 
 FAULTS = {  # name: (arguments after the usual ones, words the sentence must hold)
     "missing folder": ("--data no/such", "no/such does not exist"),
+    "no folder": ("--data=", "--data '' does not exist"),
     "empty folder": ("--data {tmp}/empty", "no pictures"),
     "file for a folder": ("--data {tmp}/file.png", "is a file"),
     "clusters above images": ("--clusters 97 4", "97 96 pictures"),
@@ -292,6 +293,8 @@ FAULTS = {  # name: (arguments after the usual ones, words the sentence must hol
     "no such device": ("--device abacus", "--device abacus cpu"),
     "unknown architecture": ("--arch resnet19", "--arch resnet19"),
     "architecture without fc": ("--arch vgg11", "--arch vgg11"),
+    "ViT without width": ("--arch vit-4-0-2", "--arch vit-4-0-2"),
+    "ViT without blocks": ("--arch vit-4-96-0", "--arch vit-4-96-0"),
     "unknown flag": ("--batchsize 16", "--batchsize"),
     "abbreviated flag": ("--epoch 16", "--epoch"),
     "no number": ("--epochs many", "--epochs many"),
@@ -442,6 +445,7 @@ def test_others_warnings_are_not_shown(copied, tmp_path):
     root, paths = copied
     Image.open(paths[3]).convert("P").save(paths[3], transparency=bytes([0, 128, 255]))
     refused(tmp_path, "hirl_moco", arguments("hirl_moco", root, "run", arch="googlenet"), "googlenet")
+    refused(tmp_path, "hirl_moco", arguments("hirl_moco", root, "run", arch="vit-4-0-2"), "vit-4-0-2")  # torch.nn's
     assert run(tmp_path, "hirl_moco", arguments("hirl_moco", root, "run", plain=True, epochs=1)).err == ""
 
 
@@ -449,6 +453,31 @@ def test_crops_too_small_for_the_network(pictures, tmp_path):
     argv = arguments("hcsc", pictures, "run", image_size=1, stem="7x7") + ["--multi-crop"]
     played = run(tmp_path, "hcsc", argv, code=2)
     assert "too small" in played.err and "--image-size" in played.err and played.err.count("\n") == 1, played.err
+
+
+@pytest.mark.parametrize("script, extra, words", (
+    ("hirl_swav", "--arch vit-8-32-1 --local-crops 2 --local-size 4", "4 vit-8-32-1 8 --local-size"),
+    ("hcsc", "--arch vit-8-32-1 --multi-crop", "7 vit-8-32-1 8 --image-size"),
+    ("hirl_ibot", "--local-crops 1 --local-size 1000000000", "--local-size at most 4096"),
+    ("hirl_dino", "--local-crops 1000000000", "--local-crops at most 100"),
+    ("hirl_swav", "--arch tiny --stem 3x3s2 --amp --local-crops 2 --local-size 8", "8 tiny --amp 9 --local-size"),
+    ("hirl_moco", "--arch resnet18 --stem 7x7 --amp", "16 resnet18 --amp 17 --image-size")))
+def test_views_that_the_network_cannot_take(script, extra, words, pictures, tmp_path):
+    """Before there is a run folder: the same command with a larger view works. --amp: on the CPU, of one pixel."""
+    refused(tmp_path, script, arguments(script, pictures, "run") + extra.split(), words)
+
+
+def test_the_last_stage_may_see_one_pixel_in_bfloat16():
+    """Views of networks.SMALLEST do not send a single pixel into a strided convolution; those one smaller do."""
+    for stem, size in networks.SMALLEST.items():
+        network, seen = networks.backbone("tiny", stem)[0], []
+        for module in network.modules():
+            if isinstance(module, torch.nn.Conv2d) and module.stride == (2, 2) and module.kernel_size == (3, 3):
+                module.register_forward_pre_hook(lambda module, x: seen.append(x[0].shape[2]))
+        network(torch.zeros(2, 3, size, size))
+        assert min(seen) > 1
+        network(torch.zeros(2, 3, size - 1, size - 1))
+        assert min(seen) == 1
 
 
 # ---- faults of what a run left
@@ -552,6 +581,22 @@ def test_preset_auto_may_be_said(stopped, monkeypatch):
     assert hirl_moco.parse_args(["--preset", "auto"]).preset == "textures"
 
 
+def test_resuming_with_other_threads_is_said(stopped, tmp_path):
+    """It goes on, but sums in another order: no longer bit for bit."""
+    shutil.copytree(stopped, tmp_path / "run")
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    before = config["derived"]["threads"]
+    config["derived"]["threads"] = before + 7
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    played = run(tmp_path, "hirl_moco", ["--out", "run", "--resume"])
+    assert re.search(rf"resumed with another .*\bthreads \({before + 7} before\)", played.out)
+
+
+def test_names_that_no_font_has_are_drawn_as_question_marks():
+    images = common.Images(list("ab"), torch.tensor([[0], [0]]), [["caf\u00e9 \u732b"]])
+    assert plumbing.describe(images, torch.arange(2)) == "n = 2\ncaf\u00e9 ?\n100 %"
+
+
 def test_pictures_without_a_label_name_no_cluster():
     images = common.Images(list("abcd"), torch.tensor([[-1], [-1], [1], [-1]]), [["airplane", "bird"]])
     assert plumbing.describe(images, torch.arange(4)) == "n = 4\nbird\n100 %"
@@ -573,6 +618,18 @@ def test_two_at_once_do_not_share_a_folder(pictures, tmp_path):
     codes = sorted(played.finish() for played in both)
     assert codes == [0, 2] and [row["epoch"] for row in log(tmp_path / "run")] == [0, 1]
     assert re.search("in use|exists", both[0].err + both[1].err)
+
+
+def test_a_users_own_files_are_not_taken_for_torn_ones(pictures, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/draft.tmp").write_text("precious")
+    refused(tmp_path, "hirl_moco", arguments("hirl_moco", pictures, "run"), "exists --out")
+    (tmp_path / "run/draft.tmp").rename(tmp_path / "draft.tmp")
+    argv = arguments("hirl_moco", pictures, "run", plain=True, epochs=1)
+    run(tmp_path, "hirl_moco", argv)
+    (tmp_path / "draft.tmp").rename(tmp_path / "run/draft.tmp")
+    run(tmp_path, "hirl_moco", [*argv, "--resume"])
+    assert (tmp_path / "run/draft.tmp").read_text() == "precious"
 
 
 def test_a_torn_start_is_no_run(pictures, tmp_path):
@@ -667,7 +724,7 @@ def test_a_preset_s_tree_shrinks_to_six_pictures_a_cluster(capsys):
 def test_raw_pixels_of_many_pictures_are_not_classified_on_the_cpu():
     pixels = torch.zeros(20_000, 3, 1, 1, dtype=torch.uint8)
     many = common.Images([""] * 20_000, torch.zeros(20_000, 1, dtype=torch.long), [["x"]], pixels)
-    assert plumbing.knn_of_pixels(many, None, 32, "cpu") is None
+    assert networks.knn_of_pixels(many, None, 32, "cpu") is None
 
 
 def test_the_last_lines_without_an_accuracy_of_raw_pixels(tmp_path, monkeypatch, capsys):
@@ -779,6 +836,33 @@ def test_no_compiler_for_torch_compile():
 
     code, sentence = plumbing.explanation(InductorError("InvalidCxxCompiler: No working C++ compiler found\nmore"))
     assert code == 2 and "--no-compile" in sentence and "\n" not in sentence
+    code, sentence = plumbing.explanation(InductorError("backend='inductor' raised:\nKeyError: 'uid not found'\nmore"))
+    assert code == 2 and "(KeyError: 'uid not found')" in sentence and "\n" not in sentence  # torch 2.4
+
+
+@pytest.mark.parametrize("error, code, words", (
+    (MemoryError(), 2, "too large (out of memory): give less"),
+    (MemoryError("Unable to allocate 9 TiB"), 2, "too large (Unable to allocate 9 TiB): give less"),
+    (RuntimeError("can't start new thread"), 1, "can't start new thread: raise the limit")))
+def test_what_python_says_when_there_is_no_room(error, code, words):
+    said, sentence = plumbing.explanation(error)
+    assert said == code and words in sentence
+
+
+def test_streams_of_a_notebook(pictures, tmp_path):
+    """They cannot be told how to print what they cannot print; a warning is a line without a place in the code."""
+    code = """if True:
+        import sys, hirl_moco, plumbing, warnings
+        class Out:
+            def write(self, text): sys.__stdout__.write(text)
+            def flush(self): sys.__stdout__.flush()
+        sys.stdout = sys.stderr = Out()
+        def main(args):
+            warnings.warn("a cluster is empty")
+            print("went well")
+        plumbing.launch(main, lambda: None)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "a cluster is empty\nwent well\n", "")
 
 
 def test_memory_is_counted_in_the_systems_units(monkeypatch):
