@@ -119,7 +119,7 @@ bases 5 hirl_swav.py
 
 bases 5 csml.py --neighbours 0
 bases 5 csml.py
-bases 3 csml.py --level-weights 0 0 0.5 1
+bases 5 csml.py --level-weights 0 0 0.5 1
 
 bases 5 hirl_simsiam.py --clusters 0
 bases 5 hirl_simsiam.py
@@ -131,8 +131,8 @@ bases 5 hirl_mocov3.py
 bases 5 hirl_dino.py --clusters 0
 bases 5 hirl_dino.py
 
-bases 3 hirl_ibot.py --clusters 0
-bases 3 hirl_ibot.py
+bases 5 hirl_ibot.py --clusters 0
+bases 5 hirl_ibot.py
 
 cifar100 3 hirl_moco.py --clusters 0
 cifar100 3 hirl_moco.py
