@@ -35,8 +35,8 @@ Differs from paper or released code
                 each level; phi above level 0 is taken over child prototypes, not images; clip and scale are PCL's
   lr, presets   cosine per step (release: per epoch); below ImageNet finer trees, --prototype-weight 0 to 0.3 (README)
 
-In the log  without a tree moco, by chance chance_level_loss of config.json; with it instance, by chance the mean over l
-            of ln(1 + Q (1 - dropped_l)), and prototype, weighted; dropped_l, dropped_prototypes_l: shares left out
+In the log  moco, by chance chance_level_loss of config.json; with a tree instance, by chance the mean over l of
+            ln(1 + Q (1 - dropped_l)), and prototype, weighted; of small crops _local; dropped_: shares left out
 """
 
 # ---- [method] import

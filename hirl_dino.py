@@ -30,7 +30,7 @@ the tree), local crops; cross entropy and a centre instead of InfoNCE and a queu
 Differs from paper (P), DINO's code (D), HIRL's release (H): number, who agrees, what this does; what the others do
   D1   PDH  the loss uses the old centre, which then moves by the raw logits of both global crops
   D2   D    the teacher moves after the step; H before the forward pass, one update ahead
-       D    schedules are read at their step; H rounds the step down: 7 % of the steps get the previous value
+  D2b  D    schedules are read at their step; H rounds the step down: 7 % of the steps get the previous value
   D3   D    gradients are clipped tensor by tensor; H all together, D4 a frozen last layer included
   D5   DH   weight decay on all but vectors: on positions, class token and last layer too
   D6   D    the teacher starts as a copy; H its head as another random network

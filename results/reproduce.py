@@ -193,30 +193,30 @@ TABLES = {  # a study or two and the columns, heading: measure; the rows, where 
                 ["hcsc.py --clusters 810 270 27", "hcsc.py --clusters 81 54 27 --prototype-weight 1", "csml.py", *HIRL],
                 ("mean of the seven of HIRL", HIRL)),
     "default": ("default", {**TEXTURES, "error, of before": "error", "CPU minutes": "cpu"}),
-    "textures": ("textures", {**TEXTURES, "linear, 27 leaves": "linear", "27 leaves by kNN, beside the plain method":
-                              "difference knn 2", "by the linear probe": "difference linear"}),
+    "textures": ("textures", {**TEXTURES, "linear, 27 leaves": "linear", "difference, 27 leaves by kNN":
+                              "difference knn 2", "difference, linear probe": "difference linear"}),
     "textures-trees": ("textures", {**{f"NMI, {k} clusters": f"nmi {k}" for k in (3, 9, 27)},
-                                    "rank correlation": "rank", "rank correlation, beside the plain method":
+                                    "rank correlation": "rank", "difference, rank correlation":
                                     "difference rank",
-                                    "9 kinds by kNN, beside the plain method": "difference knn 1"}),
-    "validation": ("validation", {**TEXTURES, "9 kinds, beside the plain method": "difference knn 1",
-                                  "27 leaves, beside the plain method": "difference knn 2"}),
-    "bases": ("bases", {**TEXTURES, "linear, 27 leaves": "linear", "9 kinds by kNN, beside the plain method":
-                        "difference knn 1", "27 leaves by kNN": "difference knn 2", "by the linear probe":
+                                    "difference, 9 kinds by kNN": "difference knn 1"}),
+    "validation": ("validation", {**TEXTURES, "difference, 9 kinds": "difference knn 1",
+                                  "difference, 27 leaves": "difference knn 2"}),
+    "bases": ("bases", {**TEXTURES, "linear, 27 leaves": "linear", "difference, 9 kinds by kNN": "difference knn 1",
+                        "difference, 27 leaves by kNN": "difference knn 2", "difference, linear probe":
                         "difference linear"}),
     **{study: (study, {**BEFORE, **CIFAR, "linear, 100 classes": "linear", "rank correlation": "rank",
-                       "20 classes by kNN, beside the plain method": "difference knn 0", "100 classes by kNN":
-                       "difference knn 1", "by the linear probe": "difference linear"})
+                       "difference, 20 classes by kNN": "difference knn 0", "difference, 100 classes by kNN":
+                       "difference knn 1", "difference, linear probe": "difference linear"})
        for study in ("cifar100", "cifar100-12")},
-    "cifar100-validation": ("cifar100-validation", {**CIFAR, "20 classes, beside the plain method": "difference knn 0",
-                                                    "100 classes": "difference knn 1"}),
+    "cifar100-validation": ("cifar100-validation", {**CIFAR, "difference, 20 classes": "difference knn 0",
+                                                    "difference, 100 classes": "difference knn 1"}),
     "health": ("health", {**BEFORE, **CIFAR, "spread of embeddings (1: all ways)": "last feature_std",
                           "entropy of targets": "last entropy", "of their mean": "last entropy_of_mean",
                           "outputs in use": "last prototypes_in_use"}),
     "gpu-30": ("gpu-30", {**CIFAR, "linear, 100 classes": "linear", "rank correlation": "rank",
-                          "100 classes by kNN, beside the plain method": "difference knn 1", "by the linear probe":
+                          "difference, 100 classes by kNN": "difference knn 1", "difference, linear probe":
                           "difference linear", "minutes, of three runs at once": "minutes"}),
-    "gpu": ("gpu", {**CIFAR, "linear, 100 classes": "linear", "100 classes by kNN, beside the plain method":
+    "gpu": ("gpu", {**CIFAR, "linear, 100 classes": "linear", "difference, 100 classes by kNN":
                     "difference knn 1", "minutes": "minutes"}),
 }
 PICTURE = ("textures", {"hirl_moco.py --clusters 0": "#777777", "hirl_moco.py --clusters 810 270 27": "#0072b2",
@@ -476,6 +476,8 @@ def flaw(run):
     log, folder = read(run), ROOT / "results" / run.id
     if not log:
         return None
+    if not log.rows:
+        return "has an empty log"
     config = json.loads((folder / "config.json").read_text())
     asked, epochs = log.run.get("made_as", run.arguments).split(",")[0], config["arguments"]["epochs"]
     if not f"{config['command'].partition(' ')[2]} ".startswith(f"{asked.format(cifar100='cifar100')} "):
@@ -487,7 +489,9 @@ def flaw(run):
 
 def check():
     """What is wrong with the logs, the pages and the picture, a line each."""
-    (made, drawn), wrong = made_of_logs(), [f"results/{run.id} {bad}" for run in all_runs() if (bad := flaw(run))]
+    if wrong := [f"results/{run.id} {bad}" for run in all_runs() if (bad := flaw(run))]:
+        return wrong
+    made, drawn = made_of_logs()
     shown = {block[2] for page in PAGES for block in BLOCK.finditer(page.read_text())}
     wrong += [f"table {name} is on no page" for name in made if name not in shown]
     for page in PAGES:

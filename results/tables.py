@@ -74,7 +74,7 @@ def mean_std(values, digits):
 def interval(differences):
     """Mean and half width of the 95 % interval of Student's t; None for the width of one value."""
     mean, n = statistics.mean(differences), len(differences)
-    return mean, T95[n - 2] * statistics.stdev(differences) / n ** 0.5 if n > 1 else None
+    return mean, T95[min(n - 2, len(T95) - 1)] * statistics.stdev(differences) / n ** 0.5 if n > 1 else None
 
 
 def differences(logs, plain, what):
@@ -92,7 +92,7 @@ def said(differences, digits, of_one="one seed"):
         return f"{signed(mean, digits)}, {of_one}"
     low, high = mean - half, mean + half
     word = "helps " if low > 0 else "hurts " if high < 0 else ""
-    finer = digits + bool(word and not float(f"{min(low, high, key=abs):.{digits}f}"))  # a bound near 0 shows its side
+    finer = digits + any(bound and not float(f"{bound:.{digits}f}") for bound in (low, high))  # shows its side of 0
     return f"{word}{signed(mean, digits)} [{signed(low, finer)}, {signed(high, finer)}]"
 
 
@@ -227,8 +227,9 @@ def picture(curves, panels):
 
 
 def intervals(made):
-    """How many intervals these tables hold, and how many exclude 0."""
-    cells = [cell for text in made for cell in re.findall(r"[^|]* \[[-+0-9.]+, [-+0-9.]+\]", text)]
+    """How many intervals the rows of commands hold, and how many exclude 0."""
+    cells = [cell for text in made for row in re.findall(r"^\| `.*$", text, re.M)
+             for cell in re.findall(r"[^|]* \[[-+0-9.]+, [-+0-9.]+\]", row)]
     apart = sum("helps" in cell or "hurts" in cell for cell in cells)
     return (f"The tables of this page hold {len(cells)} intervals. {apart} exclude 0; {0.05 * len(cells):.0f} would by "
             "chance if nothing made a difference.")

@@ -223,7 +223,7 @@ def test_what_was_stopped_goes_on_and_its_log_is_kept(tmp_path, monkeypatch):
     ([-1.0, -1.2, -0.2], "-0.8 [-2.1, +0.5]"),
     ([-1.0, -1.2, -0.76], "hurts -1.0 [-1.5, -0.4]"),
     ([-0.7, -0.97, -0.43], "hurts -0.7 [-1.37, -0.03]"),  # 0.7 ± 4.303 * 0.27 / sqrt(3): one sees that it is below 0
-    ([-0.01, 0.01, -0.02], "0.0 [0.0, 0.0]"),
+    ([-0.01, 0.01, -0.02], "0.0 [-0.04, +0.03]"),
     ([0.5], "+0.5, one seed"),
     ([], "")])
 def test_a_word_needs_an_interval_without_0(values, text, monkeypatch):
@@ -242,8 +242,8 @@ def test_differences_are_over_the_seeds_that_both_rows_have(monkeypatch):
         return {seed: tables.Log({}, [dict(knn=[value])], dict(linear=[dict(last=value)] if value < 50 else []))
                 for seed, value in values.items()}
 
-    a = tables.Setting("a", "", logs({0: 10.0, 1: 20.0, 2: 30.0}), logs({0: 11.0, 2: 33.0, 5: 99.0}))
-    b = tables.Setting("b", "", logs({0: 10.0}), logs({0: 60.0}))
+    a = tables.Setting("`a`", "", logs({0: 10.0, 1: 20.0, 2: 30.0}), logs({0: 11.0, 2: 33.0, 5: 99.0}))
+    b = tables.Setting("`b`", "", logs({0: 10.0}), logs({0: 60.0}))
     assert tables.differences(a.logs, a.plain, "knn 0") == {0: 1.0, 2: 3.0}
     assert tables.differences(b.logs, b.plain, "linear") == {}
     assert tables.seeds(a.logs) == "3 (0, 2, 5)" and tables.seeds(a.plain) == "3"
@@ -251,4 +251,22 @@ def test_differences_are_over_the_seeds_that_both_rows_have(monkeypatch):
     assert tables.pooled([a, b], "linear") == "+2.0, one base"
     table = tables.study_table([a, b], {"kNN": "knn 0", "difference": "difference knn 0"}, ("both", ["a", "b"]))
     assert table.splitlines()[-1] == "| both |  |  | +26.0 [-278.9, +330.9] |"
-    assert tables.intervals([table]).startswith("The tables of this page hold 2 intervals. 0 exclude 0; 0 would")
+    assert tables.intervals([table]).startswith("The tables of this page hold 1 intervals. 0 exclude 0; 0 would")
+
+
+def test_an_empty_log_is_found(copy, log):
+    log.write_text("")
+    code, said = reproduce(copy, "--check")
+    assert code == 1 and f"results/health/{log.parent.name} has an empty log" in said
+
+
+def test_every_table_shows_the_accuracies_that_its_differences_are_of(monkeypatch):
+    """And no heading stands for two measures."""
+    monkeypatch.syspath_prepend(ROOT / "results")
+    import reproduce as r
+
+    for name, (_, columns, *_) in r.TABLES.items():
+        differences = {what for what in columns.values() if what.startswith("difference")}
+        assert {what for heading, what in columns.items() if heading.startswith("difference")} == differences
+        elsewhere = {"textures-trees": {"knn 1"}, "summary": {"linear"}}.get(name, set())  # in a table beside it
+        assert {what.removeprefix("difference ") for what in differences} - elsewhere <= {*columns.values()}, name
