@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -259,6 +260,23 @@ def test_folders_of_runs_are_never_data(tmp_path):
         Image.new("RGB", (300, 200)).save(left / "tree.png")
     train, _ = common.load_data(str(folder))
     assert len(train) == 6 and train.labels is None
+
+
+def test_a_set_as_folders_is_the_same_set(tmp_path, monkeypatch):
+    """bench/cifar_folders.py: the first pictures of each class, in their order, under the names of their classes."""
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent / "bench")
+    import cifar_folders
+
+    pixels = torch.randint(256, (12, 3, 8, 8), dtype=torch.uint8)
+    labels = torch.tensor([[0, 1], [1, 2], [0, 0]]).repeat(4, 1)
+    names = [["fish", "trees"], ["ray", "shark", "oak"]]
+    images = common.Images(list(map(str, range(12))), labels, names, pixels=pixels)
+    assert cifar_folders.write_folders(images, tmp_path / "all") == 12
+    assert cifar_folders.write_folders(images, tmp_path / "few", 2) == 6
+    (_, whole), (_, few) = ((where, common.load_data(str(tmp_path / where))[0]) for where in ("all", "few"))
+    assert whole.class_names == [["fish", "trees"], ["fish/ray", "fish/shark", "trees/oak"]]
+    assert torch.equal(whole.pixels, pixels[[2, 5, 8, 11, 0, 3, 6, 9, 1, 4, 7, 10]])
+    assert torch.equal(few.pixels, pixels[[2, 5, 0, 3, 1, 4]]) and few.labels.tolist() == whole.labels[::2].tolist()
 
 
 def test_names_with_newlines_fit_into_one_line(tmp_path):
