@@ -196,8 +196,7 @@ TABLES = {  # a study or two and the columns, heading: measure; the rows, where 
     "textures": ("textures", {**TEXTURES, "linear, 27 leaves": "linear", "difference, 27 leaves by kNN":
                               "difference knn 2", "difference, linear probe": "difference linear"}),
     "textures-trees": ("textures", {**{f"NMI, {k} clusters": f"nmi {k}" for k in (3, 9, 27)},
-                                    "rank correlation": "rank", "difference, rank correlation":
-                                    "difference rank",
+                                    "rank correlation": "rank", "difference, rank correlation": "difference rank",
                                     "difference, 9 kinds by kNN": "difference knn 1"}),
     "validation": ("validation", {**TEXTURES, "difference, 9 kinds": "difference knn 1",
                                   "difference, 27 leaves": "difference knn 2"}),
