@@ -97,7 +97,7 @@ def check_views(args, device):
 
     There oneDNN leaves part of the gradient of a strided bfloat16 convolution over one pixel unwritten.
     """
-    small, known = args.image_size, vars(args)
+    small, known, half = args.image_size, vars(args), args.amp and device.type == "cpu"
     if known.get("local_crops"):
         small = min(small, args.local_size)
     if known.get("multi_crop"):  # hcsc.py
@@ -105,10 +105,11 @@ def check_views(args, device):
     if patch := re.match(r"vit-(\d+)-|vit_.*_(\d+)$", args.arch):
         least = int(patch[1] or patch[2])
     else:
-        least = SMALLEST[args.stem] if args.amp and device.type == "cpu" else 1
+        least = SMALLEST[args.stem] if half else 1
     if small < least:
-        raise Stop(f"a view of {small} px is too small for --arch {args.arch}{' with --amp on the CPU' * (not patch)}, "
-                   f"which needs {least}: give a larger --image-size or, with small crops, --local-size")
+        how = " with --amp on the CPU" if half and not patch else ""
+        raise Stop(f"a view of {small} px is too small for --arch {args.arch}{how}, which needs {least}: give a larger "
+                   "--image-size or, with small crops, --local-size")
 
 
 def backbone(arch, stem, image_size=224):

@@ -39,8 +39,8 @@ LARGEST = {int: 10**9, float: 1e30}  # what float32 and the machine bear
 CLAIMED = set()  # run folders that this process has
 MAY_DIFFER = {"resume", "out", "argv", "data", "data_root", "device", "workers", "compile", "eval_every", "tensorboard",
               "processes", "threads", "torch"}  # between a run and what resumes it
-WRITTEN = "config.json", "log.jsonl", "checkpoint.pt", "backbone.pt", "tree.png", "clusters.csv"  # to the run folder
-TORN = {f"{name}.tmp" for name in WRITTEN}  # what a crash may leave
+TORN = {f"{name}.tmp" for name in (  # what a crash may leave in a run folder
+    "config.json", "log.jsonl", "checkpoint.pt", "backbone.pt", "tree.png", "clusters.csv", "eval.json")}
 LOWER = "stopped, any checkpoint is good; try a lower --base-lr, other numbers or no --amp, in another --out"
 
 
@@ -254,7 +254,7 @@ def fit_clusters(args, pictures):
 def fit_batch(args, pictures):
     """--batch-size, or fewer where a preset asks for more than there are pictures; a multiple of the processes."""
     if pictures < 2 * processes():
-        raise Stop(f"{args.data} has {pictures} pictures to train on: give each of {processes()} processes two or more")
+        raise Stop(f"{args.data} has {pictures} pictures to train on: give two or more per process ({processes()})")
     batch_size = fit("batch_size", args, at_most=pictures) // processes() * processes()
     if batch_size < 2 * processes() or batch_size != args.batch_size and "--batch-size" in args.argv:
         raise Stop(f"--batch-size {args.batch_size} of {pictures} pictures must be a multiple of the {processes()} "
@@ -307,7 +307,7 @@ class Run:
             config = dict(arguments=vars(self.args), derived=derived, **circumstances())
             return write_atomically(path, json.dumps(config, indent=1).encode())
         saved = {name: value for part in read(path).values() for name, value in part.items()}
-        changed = {name for name in now if saved.get(name) != now[name]} - {"argv", "resume"}
+        changed = {name for name in now if saved.get(name) != now[name]} - {"argv", "resume"} - (MAY_DIFFER - {*saved})
         said = ", ".join(f"{name} ({saved.get(name)} before)" for name in sorted(changed - MAY_DIFFER or changed))
         if changed - MAY_DIFFER:
             raise Stop(f"{self.folder} ran with other arguments or data ({said}): give the same, or another --out")
@@ -511,7 +511,7 @@ def write_atomically(path, content):
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise Stop(f"cannot write {path} ({error.strerror}): mend that, then --resume what is intact", 1) from error
+        raise Stop(f"cannot write {path} ({error.strerror}): make room, or permit it, then --resume", 1) from error
 
 
 def circumstances():

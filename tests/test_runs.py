@@ -467,6 +467,11 @@ def test_views_that_the_network_cannot_take(script, extra, words, pictures, tmp_
     refused(tmp_path, script, arguments(script, pictures, "run") + extra.split(), words)
 
 
+def test_amp_is_blamed_only_where_it_is_given(pictures, tmp_path):
+    played = run(tmp_path, "hcsc", arguments("hcsc", pictures, "run", image_size=1) + ["--multi-crop"], code=2)
+    assert "a view of 0 px" in played.err and "--amp" not in played.err
+
+
 def test_the_last_stage_may_see_one_pixel_in_bfloat16():
     """Views of networks.SMALLEST do not send a single pixel into a strided convolution; those one smaller do."""
     for stem, size in networks.SMALLEST.items():
@@ -590,6 +595,15 @@ def test_resuming_with_other_threads_is_said(stopped, tmp_path):
     (tmp_path / "run/config.json").write_text(json.dumps(config))
     played = run(tmp_path, "hirl_moco", ["--out", "run", "--resume"])
     assert re.search(rf"resumed with another .*\bthreads \({before + 7} before\)", played.out)
+
+
+def test_what_an_older_run_did_not_note_is_not_said_to_differ(stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path / "run")
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    del config["derived"]["threads"], config["derived"]["torch"]
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    played = run(tmp_path, "hirl_moco", ["--out", "run", "--resume"])
+    assert "resumed" in played.out and "None before" not in played.out
 
 
 def test_names_that_no_font_has_are_drawn_as_question_marks():
