@@ -261,7 +261,7 @@ def ahead(function, items, threads=1):
 
 
 def make_views(images, ids, planned, device, workers):
-    """Pictures `ids` (b,) -> [view (b, 3, S, S)], one for each (augmentation, draws) of `planned`.
+    """Pictures `ids` (b,) -> [view (b, 3, H, W)], one for each (augmentation, draws) of `planned`.
 
     Large pictures are decoded and cropped to bytes by `workers` threads; the rest is done on the device.
     """
@@ -281,7 +281,7 @@ def make_views(images, ids, planned, device, workers):
 
 
 def batches(images, batch_size, augmentations, *, seed, epoch, start=0, device="cpu", workers=0):
-    """Yield (step, index (b,), [view (b, 3, S, S)]) of an epoch, this rank's b rows of every batch.
+    """Yield (step, index (b,), [view (b, 3, H, W)]) of an epoch, this rank's b rows of every batch.
 
     Everything random is drawn on the CPU for the global batch from (seed, epoch, step), and a rank uses its slice: an
     epoch can start at any step, and G ranks see exactly what one process would. With images.partner, as many views of
@@ -308,7 +308,7 @@ def batches(images, batch_size, augmentations, *, seed, epoch, start=0, device="
 
 
 class Augmentation(NamedTuple):
-    """What a view may look like. Probabilities are per sample; 0 leaves an operation out."""
+    """What a view may look like. Probabilities are per sample (jitter's order per batch), 0 leaves an operation out."""
 
     size: int = 32  # side of the view, pixels
     scale: tuple = (0.2, 1.0)  # area of the crop, as a share of the image

@@ -23,7 +23,7 @@ Symbols  q, n, m queries; k, k_n keys (B, D)    queue u (Q, D)    S stages in us
 Changes relative to hirl_moco.py (--neighbours 0 is bit for bit its --clusters 0 with all settings the same)
   hierarchy     none: neighbours instead of a tree. --clusters is for tree.png and clusters.csv after training only,
                 --warmup-epochs are those in which q and n pick their own key alone
-  a step        queries q, n, m pass the encoder as one batch, keys k, k_n as another, batch norm included
+  a step        queries q, n, m pass the encoder as one batch, keys k, k_n as another (release: five, each alone)
   loss          csml_loss instead of info_nce + path loss
 
 Differs from paper or released code
@@ -34,7 +34,7 @@ Differs from paper or released code
                 exact duplicate exists, that may be the one dropped, and the image stays its own neighbour
   warm-up       the release writes "epoch > 10" into the code; here --warmup-epochs, 11 for ImageNet. CutMix mixes
                 the neighbour in from the first epoch, as released, though the table is then an untrained network's
-  lr, presets   cosine per step (release: per epoch); below ImageNet as in hirl_moco.py; textures: a table every epoch
+  lr, presets   cosine per step (release: per epoch); cifar, photos as in hirl_moco.py; textures: a table every epoch
 
 In the log  image, neighbour, mix (or moco), of earlier stages with _layer1 to _layer3; neighbours_same_label, percent
 """
@@ -70,7 +70,7 @@ PRESETS = {
                      clusters=[30000, 10000, 1000], warmup_epochs=11, neighbours=5, refresh_every=5, bn="shuffle"),
 }
 
-# ---- [shared: moco] augmentation: MoCo v2's; no blur at 32 px; on textures larger crops, and colours shuffled
+# ---- [shared: moco] augmentation: MoCo v2's; no blur at 32 px; on textures larger crops, more gray, channels shuffled
 AUGMENTATIONS = {
     "textures": common.Augmentation(scale=(0.4, 1.0), gray_p=0.5, shuffle_p=0.5),
     "cifar": common.Augmentation(scale=(0.2, 1.0), gray_p=0.2),
@@ -282,8 +282,8 @@ def main(args):
     else:  # D columns per stage, in the rows of the encoder and of the queue
         model = MoCo(StageEncoder(encoder, stages, args.projector, args.dim), len(stages) * args.dim, queue_size)
         model.queue = unit_rows(model.queue, args.dim)
-    levels = [(f"_layer{stage}" if stage < 4 else "", args.level_weights[stage - 1],
-               slice(place * args.dim, (place + 1) * args.dim)) for place, stage in enumerate(stages)]
+    levels = [(f"_layer{stage}" if stage < 4 else "", args.level_weights[stage - 1],  # names' end in the log, weight
+               slice(place * args.dim, (place + 1) * args.dim)) for place, stage in enumerate(stages)]  # columns
     if args.bn == "sync":
         ranks.sync_batch_norm(model)  # under torchrun; one process has nothing to synchronise
     model.to(device, memory_format=torch.channels_last)
@@ -306,7 +306,7 @@ def main(args):
     # ---- [shared] features(network, images), central crops in evaluation mode; knn(), accuracies; the tree
     features, knn = plumbing.evaluation(args, device, train, test, exported.backbone)
 
-    def grow_tree(x, seed):  # features (n, D) of this process's pictures -> the Hierarchy of all N
+    def grow_tree(x, seed):  # features, rows of this process's pictures -> the Hierarchy of all N
         return common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=seed)  # temperature: of phi
 
     # ---- [shared] epochs
@@ -321,7 +321,7 @@ def main(args):
         if neighbours:  # one drawn anew for each visit
             train.partner = draw_neighbours(table, ranks.random_state(args.seed, epoch, "neighbour"))
 
-        # ---- [shared] batches: index (B,), places in the data set; crops, a list of views (B, 3, S, S)
+        # ---- [shared] batches: index (B,), places in the data set; crops, a list of views (B, 3, H, W)
         batches = common.batches(train, batch_size, views, seed=args.seed, epoch=epoch, start=start_step, device=device,
                                  workers=args.workers)
         for step, index, crops in run.timed(batches, epoch, steps_per_epoch - start_step):

@@ -336,7 +336,7 @@ def last_and_best(accuracy):
 
 
 def random_crops(task, images, batch_size, epoch):
-    """Yield (pictures (b, 3, S, S), index (b,)): random resized crops and flips.
+    """Yield (pictures (b, 3, H, W), index (b,)): random resized crops and flips.
 
     Crops take 8 % of the area or more, the papers' habit; 30 % of pictures up to 64 px, where 8 % is too little.
     """

@@ -25,12 +25,12 @@ Symbols  q, k query and key (B, D)     queue u (Q, D)       L levels, 0 the fine
          c prototypes[l] (K_l, D)      y_l(n) assign[l] image -> cluster     pa parent[l] cluster -> cluster
          phi concentration[l] (K_l,), a prototype's own temperature (released code: density)
 
-Changes relative to hirl_moco.py: no level heads, no paths; the tree chooses negatives instead.
+Changes relative to hirl_moco.py: no level heads, no paths; the tree chooses negatives, and q picks its prototypes.
 
 Differs from paper or released code
   --release     the released code differs from the paper in H1 to H6: see class Reading; its --prototype-weight is 1
   small crops   (--multi-crop) as released: losses are summed over crops, which share a draw of instances and have one
-                each of prototypes. They select no instances unless --local-selection: the release never reads its flag
+                each of prototypes. They select no instances unless --local-selection, which is off as in the release
   prototype     as released: an image's own are its k-means cluster and that one's ancestors, not the most similar at
                 each level; phi above level 0 is taken over child prototypes, not images; clip and scale are PCL's
   lr, presets   cosine per step (release: per epoch); below ImageNet finer trees, --prototype-weight 0 to 0.3 (README)
@@ -71,7 +71,7 @@ PRESETS = {
                      clusters=[3000, 2000, 1000], warmup_epochs=20, bn="shuffle", prototype_weight=1.0),
 }
 
-# ---- [shared: moco] augmentation: MoCo v2's; no blur at 32 px; on textures larger crops, and colours shuffled
+# ---- [shared: moco] augmentation: MoCo v2's; no blur at 32 px; on textures larger crops, more gray, channels shuffled
 AUGMENTATIONS = {
     "textures": common.Augmentation(scale=(0.4, 1.0), gray_p=0.5, shuffle_p=0.5),
     "cifar": common.Augmentation(scale=(0.2, 1.0), gray_p=0.2),
@@ -254,7 +254,7 @@ def main(args):
     if args.no_prototype_selection:
         reading = dataclasses.replace(reading, prototype_clip=(1, 1))  # all are certain to stay
 
-    def embed(view):  # a small crop (B, 3, S, S) -> (B, D) unit rows
+    def embed(view):  # a small crop (B, 3, H, W) -> (B, D) unit rows
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             return F.normalize(encode_q(view).float(), dim=1)
 
@@ -270,7 +270,7 @@ def main(args):
     # ---- [shared] features(network, images), central crops in evaluation mode; knn(), accuracies; the tree
     features, knn = plumbing.evaluation(args, device, train, test, exported.backbone)
 
-    def grow_tree(x, seed):  # features (n, D) of this process's pictures -> the Hierarchy of all N
+    def grow_tree(x, seed):  # features, rows of this process's pictures -> the Hierarchy of all N
         return common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=seed)  # temperature: of phi
 
     # ---- [shared] epochs
@@ -282,7 +282,7 @@ def main(args):
         if clusters and epoch >= args.warmup_epochs and start_step == 0:
             hierarchy = grow_tree(F.normalize(features(clustered, train), dim=1), seed=args.seed + epoch)
 
-        # ---- [shared] batches: index (B,), places in the data set; crops, a list of views (B, 3, S, S)
+        # ---- [shared] batches: index (B,), places in the data set; crops, a list of views (B, 3, H, W)
         batches = common.batches(train, batch_size, views, seed=args.seed, epoch=epoch, start=start_step, device=device,
                                  workers=args.workers)
         for step, index, crops in run.timed(batches, epoch, steps_per_epoch - start_step):

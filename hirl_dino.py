@@ -20,7 +20,7 @@ the same without hierarchy  python hirl_dino.py --clusters 0 --out runs/dino
 one GPU                     python hirl_dino.py --data cifar100 --amp
 paper scale, 8 GPUs         torchrun --nproc-per-node=8 hirl_dino.py --data /imagenet --amp
 
-Symbols  V crops, global ones first; s, t logits of student (V, B, P) and teacher (2, B, P); c centre; T temperature
+Symbols  V crops of b images, global first; s (V, b, P), t (2, b, P) logits of student, teacher; c centre; T temperature
          in the log, entropy: of the targets, entropy_of_mean: of their mean, both ln P if all is uniform, the second
          small if few outputs are used; prototypes_in_use: outputs largest in a target of an epoch's steps, on average
 
@@ -95,7 +95,7 @@ def dino_arguments():
     """The parser of what DINO and iBOT have in common."""
     p = plumbing.shared_arguments(__doc__, PRESETS)
     add, count, above = p.add_argument, plumbing.positive(int, zero=True), plumbing.positive(float)
-    number, share = (plumbing.positive(float, zero=True, most=most) for most in (math.inf, 1))
+    number, share = (plumbing.positive(float, zero=True, most=most) for most in (None, 1))
     add("--dim", type=plumbing.positive(int), help="width D of the embedding (preset)")
     add("--projector", choices=["mlp", "mlp-bn"], help="three linear layers, or with batch norm between (preset)")
     add("--hidden", type=plumbing.positive(int), help="width of the projector's hidden layers (preset)")
@@ -194,7 +194,7 @@ class DINO(nn.Module):
 
 # ---- [method] crops
 def encode_crops(backbone, projector, crops, branches=None):
-    """Crops [(b, 3, S, S)], those of a size side by side -> raw projections (V, b, D).
+    """Crops [(b, 3, H, W)], those of a size side by side -> raw projections (V, b, D).
 
     Crops of one size pass the backbone together, all pass the projector together; branches: see networks.drop_path.
     """
@@ -317,7 +317,7 @@ def main(args):
     # ---- [shared] features(network, images), central crops in evaluation mode; knn(), accuracies; the tree
     features, knn = plumbing.evaluation(args, device, train, test, exported.backbone)
 
-    def grow_tree(x, seed):  # features (n, D) of this process's pictures -> the Hierarchy of all N
+    def grow_tree(x, seed):  # features, rows of this process's pictures -> the Hierarchy of all N
         return common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=seed)  # temperature: of phi
 
     # ---- [shared] epochs
@@ -329,7 +329,7 @@ def main(args):
         if clusters and epoch >= args.warmup_epochs and start_step == 0:
             hierarchy = grow_tree(F.normalize(features(clustered, train), dim=1), seed=args.seed + epoch)
 
-        # ---- [shared] batches: index (B,), places in the data set; crops, a list of views (B, 3, S, S)
+        # ---- [shared] batches: index (B,), places in the data set; crops, a list of views (B, 3, H, W)
         batches = common.batches(train, batch_size, views, seed=args.seed, epoch=epoch, start=start_step, device=device,
                                  workers=args.workers)
         for step, index, crops in run.timed(batches, epoch, steps_per_epoch - start_step):

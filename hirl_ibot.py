@@ -83,7 +83,7 @@ def dino_arguments():
     """The parser of what DINO and iBOT have in common."""
     p = plumbing.shared_arguments(__doc__, PRESETS)
     add, count, above = p.add_argument, plumbing.positive(int, zero=True), plumbing.positive(float)
-    number, share = (plumbing.positive(float, zero=True, most=most) for most in (math.inf, 1))
+    number, share = (plumbing.positive(float, zero=True, most=most) for most in (None, 1))
     add("--dim", type=plumbing.positive(int), help="width D of the embedding (preset)")
     add("--projector", choices=["mlp", "mlp-bn"], help="three linear layers, or with batch norm between (preset)")
     add("--hidden", type=plumbing.positive(int), help="width of the projector's hidden layers (preset)")
@@ -195,12 +195,12 @@ def encode_crops(encoder, crops, masks=None, mask_token=None, branches=None, rea
     branches = [None] * 2 if branches is None else [x.flatten(1) for x in branches.tensor_split([2], dim=1)]
     tokens = encoder.backbone.tokens(torch.cat(crops[:2]), masks, mask_token, branches[0])  # (2b, 1+S, F)
     local = [encoder.backbone(torch.cat(crops[2:]), branches=branches[1])] if crops[2:] else []  # ((V-2) b, F)
-    patches, images = tokens[:, 1:].flatten(0, 1), len(crops[0])  # (2bS, F)
+    patches, b = tokens[:, 1:].flatten(0, 1), len(crops[0])  # (2bS, F)
     rows = [tokens[:, 0], *local, patches if read is None else patches.index_select(0, read)]
-    raws, raws_patch = encoder.projector(torch.cat(rows)).tensor_split([len(crops) * images])  # (V b, D), (n, D)
+    raws, raws_patch = encoder.projector(torch.cat(rows)).tensor_split([len(crops) * b])  # (V b, D), (n, D)
     if read is not None:
         raws_patch = raws.new_zeros(len(patches), raws.shape[1]).index_copy(0, read, raws_patch)  # (2bS, D)
-    return raws.unflatten(0, (-1, images)), raws_patch.unflatten(0, (2, images, -1))
+    return raws.unflatten(0, (-1, b)), raws_patch.unflatten(0, (2, b, -1))
 
 
 # ---- [method] masks
@@ -363,7 +363,7 @@ def main(args):
     # ---- [shared] features(network, images), central crops in evaluation mode; knn(), accuracies; the tree
     features, knn = plumbing.evaluation(args, device, train, test, exported.backbone)
 
-    def grow_tree(x, seed):  # features (n, D) of this process's pictures -> the Hierarchy of all N
+    def grow_tree(x, seed):  # features, rows of this process's pictures -> the Hierarchy of all N
         return common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=seed)  # temperature: of phi
 
     # ---- [shared] epochs
@@ -375,7 +375,7 @@ def main(args):
         if clusters and epoch >= args.warmup_epochs and start_step == 0:
             hierarchy = grow_tree(F.normalize(features(clustered, train), dim=1), seed=args.seed + epoch)
 
-        # ---- [shared] batches: index (B,), places in the data set; crops, a list of views (B, 3, S, S)
+        # ---- [shared] batches: index (B,), places in the data set; crops, a list of views (B, 3, H, W)
         batches = common.batches(train, batch_size, views, seed=args.seed, epoch=epoch, start=start_step, device=device,
                                  workers=args.workers)
         for step, index, crops in run.timed(batches, epoch, steps_per_epoch - start_step):

@@ -28,9 +28,9 @@ Changes relative to: nothing, read this script first; the siblings say what they
 Differs from paper or released code
   path loss     scores against all prototypes, then picks: same value and gradient, less time and memory
   phi           (a temperature per prototype, PCL's, 2005.04966) comes with the tree; HIRL's loss does not read it
-  small data    presets below ImageNet have a batch norm in the projector (--projector mlp-bn) and a smaller
-                ema_momentum: with few steps, MoCo v2's own head leaves all embeddings pointing one way for long
-  path weight   0.1 in the presets cifar and photos: HIRL's 1 costs kNN accuracy on CIFAR-100; photos are untried
+  small data    presets below ImageNet: batch norm in the projector (mlp-bn) and a smaller ema_momentum: with few steps
+                MoCo v2's head leaves all embeddings pointing one way for long; textures: warm-up 40 % (HIRL: 10 %)
+  path weight   0.1 for cifar: HIRL's 1 costs kNN accuracy on CIFAR-100. Untried: photos, and the siblings, most at 1
   queue         any batch and queue size; in the release the batch size must divide the queue size
   batch norm    over the whole batch under torchrun (--bn sync), so G processes equal one; --bn shuffle, the imagenet
                 preset, is MoCo's own. On one device shuffling permutes one batch, a no-op: left out
@@ -74,7 +74,7 @@ PRESETS = {
                      bn="shuffle"),
 }
 
-# ---- [shared: moco] augmentation: MoCo v2's; no blur at 32 px; on textures larger crops, and colours shuffled
+# ---- [shared: moco] augmentation: MoCo v2's; no blur at 32 px; on textures larger crops, more gray, channels shuffled
 AUGMENTATIONS = {
     "textures": common.Augmentation(scale=(0.4, 1.0), gray_p=0.5, shuffle_p=0.5),
     "cifar": common.Augmentation(scale=(0.2, 1.0), gray_p=0.2),
@@ -194,7 +194,7 @@ def main(args):
     # ---- [shared] features(network, images), central crops in evaluation mode; knn(), accuracies; the tree
     features, knn = plumbing.evaluation(args, device, train, test, exported.backbone)
 
-    def grow_tree(x, seed):  # features (n, D) of this process's pictures -> the Hierarchy of all N
+    def grow_tree(x, seed):  # features, rows of this process's pictures -> the Hierarchy of all N
         return common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=seed)  # temperature: of phi
 
     # ---- [shared] epochs
@@ -206,7 +206,7 @@ def main(args):
         if clusters and epoch >= args.warmup_epochs and start_step == 0:
             hierarchy = grow_tree(F.normalize(features(clustered, train), dim=1), seed=args.seed + epoch)
 
-        # ---- [shared] batches: index (B,), places in the data set; crops, a list of views (B, 3, S, S)
+        # ---- [shared] batches: index (B,), places in the data set; crops, a list of views (B, 3, H, W)
         batches = common.batches(train, batch_size, views, seed=args.seed, epoch=epoch, start=start_step, device=device,
                                  workers=args.workers)
         for step, index, crops in run.timed(batches, epoch, steps_per_epoch - start_step):

@@ -44,7 +44,7 @@ Differs from paper or released code
                 Heads of 64 channels: a ViT-S has 6, as in HIRL; 12 in MoCo v3
   local crops   none; HIRL's loss for them weighs each by another power of their number, and no run used it
   phi           --temperature scales it, and HIRL's loss does not read it
-  small data    textures: ResNet, SGD, a fast key encoder, narrow heads and hirl_moco.py's augmentation, alike in
+  small data    ResNets. textures: SGD, a fast key encoder, narrow heads and hirl_moco.py's augmentation, alike in
                 both views; cifar and photos: LARS, and milder crops
 
 In the log  mocov3, at chance 4 T ln B, chance_level_loss in config.json; path, with a tree, times --path-weight
@@ -156,7 +156,7 @@ def sincos_positions(rows, columns, width):
 
 @torch.no_grad()
 def prepare_vit(vit, image_size, freeze_patches):
-    """MoCo v3's start: Xavier uniform weights, no biases, sin-cos positions that stay (section 5), a small class token;
+    """MoCo v3's start: Xavier uniform weights, biases 0, sin-cos positions that stay (section 5), a small class token;
     freeze_patches: the random patch projection stays too, which keeps training stable (section 4.2).
     """
     for layer in vit.modules():
@@ -290,7 +290,7 @@ def main(args):
     # ---- [shared] features(network, images), central crops in evaluation mode; knn(), accuracies; the tree
     features, knn = plumbing.evaluation(args, device, train, test, exported.backbone)
 
-    def grow_tree(x, seed):  # features (n, D) of this process's pictures -> the Hierarchy of all N
+    def grow_tree(x, seed):  # features, rows of this process's pictures -> the Hierarchy of all N
         return common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=seed)  # temperature: of phi
 
     # ---- [shared] epochs
@@ -302,7 +302,7 @@ def main(args):
         if clusters and epoch >= args.warmup_epochs and start_step == 0:
             hierarchy = grow_tree(F.normalize(features(clustered, train), dim=1), seed=args.seed + epoch)
 
-        # ---- [shared] batches: index (B,), places in the data set; crops, a list of views (B, 3, S, S)
+        # ---- [shared] batches: index (B,), places in the data set; crops, a list of views (B, 3, H, W)
         batches = common.batches(train, batch_size, views, seed=args.seed, epoch=epoch, start=start_step, device=device,
                                  workers=args.workers)
         for step, index, crops in run.timed(batches, epoch, steps_per_epoch - start_step):

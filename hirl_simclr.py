@@ -14,7 +14,7 @@ This project's own composition: HIRL (2205.13159) was published on MoCo v2, SwAV
     4  one small head per level turns view 0's raw projection into z^l
     5  HIRL: the image scores high on its own path of the tree, S = prod_l (1 + z^l.c^l)/2, and low
        on random other paths                                                            semantic_path_loss
-    6  step on SimCLR + HIRL, with LARS where batches are large
+    6  step on SimCLR + HIRL, with LARS at paper scale
 
 CPU demo, under 3 minutes   python hirl_simclr.py
 the same without hierarchy  python hirl_simclr.py --clusters 0 --out runs/simclr
@@ -193,7 +193,7 @@ def main(args):
     # ---- [shared] features(network, images), central crops in evaluation mode; knn(), accuracies; the tree
     features, knn = plumbing.evaluation(args, device, train, test, exported.backbone)
 
-    def grow_tree(x, seed):  # features (n, D) of this process's pictures -> the Hierarchy of all N
+    def grow_tree(x, seed):  # features, rows of this process's pictures -> the Hierarchy of all N
         return common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=seed)  # temperature: of phi
 
     # ---- [shared] epochs
@@ -205,7 +205,7 @@ def main(args):
         if clusters and epoch >= args.warmup_epochs and start_step == 0:
             hierarchy = grow_tree(F.normalize(features(clustered, train), dim=1), seed=args.seed + epoch)
 
-        # ---- [shared] batches: index (B,), places in the data set; crops, a list of views (B, 3, S, S)
+        # ---- [shared] batches: index (B,), places in the data set; crops, a list of views (B, 3, H, W)
         batches = common.batches(train, batch_size, views, seed=args.seed, epoch=epoch, start=start_step, device=device,
                                  workers=args.workers)
         for step, index, crops in run.timed(batches, epoch, steps_per_epoch - start_step):
@@ -213,9 +213,9 @@ def main(args):
             place = (args.seed, epoch, step)  # seeds every random draw of this step
 
             # ---- [method] learning rate
-            lr = peak_lr * done / args.lr_warmup if done < args.lr_warmup else 0.5 * peak_lr * (
-                1 + math.cos(math.pi * (done - args.lr_warmup) / (1 - args.lr_warmup)))
-            plumbing.set_lr(optimizer, lr)
+            warm = args.lr_warmup  # share of the run
+            factor = done / warm if done < warm else 0.5 * (1 + math.cos(math.pi * (done - warm) / (1 - warm)))
+            plumbing.set_lr(optimizer, peak_lr * factor)
 
             # ---- [method] both views
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):

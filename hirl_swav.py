@@ -21,7 +21,7 @@ the same without hierarchy  python hirl_swav.py --clusters 0 --out runs/swav
 one GPU                     python hirl_swav.py --data cifar100 --amp
 paper scale, 8 GPUs         torchrun --nproc-per-node=8 hirl_swav.py --data /imagenet --amp
 
-Symbols  C = 2 + V crops     b of the B images on this process     e embeddings (C, b, D), unit rows
+Symbols  C = 2 + V crops     b of the B images on this process (B in shared blocks)  e embeddings (C, b, D), unit rows
          swav_prototypes c (P, D), learnt; prototypes[l] (K_l, D) of the tree are k-means centres, as
          assign and parent in hirl_moco.py     scores (C, b, P)     assignments (2, b, P), rows sum to 1
          queue (2, Q, D), past e of the global crops     in the log, prototypes_in_use: how many of the P
@@ -82,7 +82,7 @@ PRESETS = {
                      queue_epoch=15, clusters=[30000, 10000, 1000], warmup_epochs=20, negative_paths=1000),
 }
 
-# ---- [method] augmentation: SwAV's, milder at 32 px; of the global crops and of the local ones
+# ---- [method] augmentation: SwAV's, milder below ImageNet; of the global crops and of the local ones
 AUGMENTATIONS = {
     "textures": common.Augmentation(scale=(0.4, 1.0), gray_p=0.5, shuffle_p=0.5),
     "cifar": common.Augmentation(scale=(0.2, 1.0), gray_p=0.2),
@@ -177,7 +177,7 @@ class SwAV(nn.Module):
 
 
 def encode_crops(backbone, projector, crops):
-    """Crops [(b, 3, S, S)], those of a size side by side -> raw projections (C, b, D).
+    """Crops [(b, 3, H, W)], those of a size side by side -> raw projections (C, b, D).
 
     Adjacent crops of one size pass the backbone together, and all crops pass the projector together, so that batch
     norm there sees every crop, as in SwAV. DEVIATION (HIRL's released code): one forward pass per crop.
@@ -309,7 +309,7 @@ def main(args):
     # ---- [shared] features(network, images), central crops in evaluation mode; knn(), accuracies; the tree
     features, knn = plumbing.evaluation(args, device, train, test, exported.backbone)
 
-    def grow_tree(x, seed):  # features (n, D) of this process's pictures -> the Hierarchy of all N
+    def grow_tree(x, seed):  # features, rows of this process's pictures -> the Hierarchy of all N
         return common.hierarchical_kmeans(x, clusters, temperature=args.temperature, seed=seed)  # temperature: of phi
 
     # ---- [shared] epochs
@@ -321,7 +321,7 @@ def main(args):
         if clusters and epoch >= args.warmup_epochs and start_step == 0:
             hierarchy = grow_tree(F.normalize(features(clustered, train), dim=1), seed=args.seed + epoch)
 
-        # ---- [shared] batches: index (B,), places in the data set; crops, a list of views (B, 3, S, S)
+        # ---- [shared] batches: index (B,), places in the data set; crops, a list of views (B, 3, H, W)
         batches = common.batches(train, batch_size, views, seed=args.seed, epoch=epoch, start=start_step, device=device,
                                  workers=args.workers)
         for step, index, crops in run.timed(batches, epoch, steps_per_epoch - start_step):

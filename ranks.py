@@ -109,7 +109,7 @@ def random_state(seed, *place, device="cpu"):
 
 # ---- batch norm over the rows of all processes
 class SyncBatchNorm(nn.SyncBatchNorm):
-    """Batch norm over the rows of all ranks, equally many on each: torch's on a GPU, which it needs; ours elsewhere."""
+    """Batch norm over the rows of all ranks, any number on each: torch's on a GPU, which it needs; ours elsewhere."""
 
     process_group = None  # everyone
 
@@ -137,12 +137,12 @@ def sync_batch_norm(module):
 
 
 def make_keys(encode, view, bn, generator):
-    """encode(view), keys (b, D) of the views (b, 3, S, S); bn "shuffle": in batches mixed across processes (MoCo's
+    """encode(view), keys (b, D) of the views (b, 3, H, W); bn "shuffle": in batches mixed across processes (MoCo's
     shuffled BN), so that a batch's statistics do not tell which key belongs to which query.
     """
     if bn == "sync" or processes() == 1:  # one process has nobody to mix with
         return encode(view)
-    everyone = all_gather_rows(view, equal=True)  # (B, 3, S, S) of all processes
+    everyone = all_gather_rows(view, equal=True)  # (B, 3, H, W) of all processes
     order, mine = torch.randperm(len(everyone), generator=generator), local_rows(len(everyone))
     there, back = (ids[mine].to(view.device, non_blocking=True) for ids in (order, order.argsort()))
     return all_gather_rows(encode(everyone[there]), equal=True)[back]  # (B, D) of all, then (b, D)

@@ -12,8 +12,8 @@ Each variant is the script's own first epoch with a tree, stopped after --warm-u
 
 Printed: ms a step by the clock; CPU ms a step of the main thread and of the process (more than the clock says: threads
 at once); seconds of what surrounds an epoch's steps, by the clock: features of all pictures, tree, checkpoint, kNN.
---kernels adds, by torch's profiler, ms of kernels and the number of launches a step. Where the kernels take far less
-than the step, the host is the limit.
+--kernels adds in the last round, by torch's profiler, ms of kernels and the number of launches a step; its clocks are
+longer for that. Where the kernels take far less than the step, the host is the limit.
 """
 
 import argparse
@@ -88,15 +88,16 @@ def measure(args, data, variant, kernels=False):
         for _ in range(args.warm_up):
             yield next(source)
         wait()
-        begun = [clock() for clock in (time.perf_counter, time.thread_time, time.process_time)]
         activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA][:1 + torch.cuda.is_available()]
         with profile(activities=activities) if kernels else contextlib.nullcontext() as seen:
+            begun = [clock() for clock in (time.perf_counter, time.thread_time, time.process_time)]
             for _ in range(count):
                 yield next(source)
             wait()
             now = [clock() for clock in (time.perf_counter, time.thread_time, time.process_time)]
         each = (1000 * (b - a) / count for a, b in zip(begun, now))
-        found.update(zip(("clock", "main thread", "process"), each))
+        found.update({f"{name}, profiled" if seen else name: ms
+                      for name, ms in zip(("clock", "main thread", "process"), each)})
         if seen:
             events = seen.events()
             there = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]

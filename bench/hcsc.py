@@ -124,6 +124,7 @@ def main():
     inputs = problem(args, generator)
     losses = {"loops with sets": looping_losses, "common.py": vectorised_losses}
     seconds, last = {name: [] for name in [*losses, "training step"]}, {}
+    torch.backends.cudnn.benchmark = True  # as in a run
     step = training_step(args)
     for turn in range(args.rounds + 1):  # the first round warms up
         gen = torch.Generator(args.device).manual_seed(turn)

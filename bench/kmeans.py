@@ -1,23 +1,24 @@
 """K-means against faiss-cpu and whatever else is installed: time, objective, memory, in alternation in one process.
 
     python bench/kmeans.py                              # figures 1, 2, 3 and 5 on the CPU, about ten minutes
-    python bench/kmeans.py --data cifar100              # features of the pictures of a folder instead of the mixture
+    python bench/kmeans.py --data cifar100/train        # features of a folder's pictures instead of the mixture
     python bench/kmeans.py --figures 2 --data feats.npy # features of your own
     python bench/kmeans.py --device cuda --figures 4    # 1.28M x 128, 30000-10000-1000
 
 Figures: 1 exact mode, shared start; 2 default mode, K >= 1000, shared start and own seeding; 3 the released recipe
-(three levels; faiss niter 20, nredo 5); 4 one GPU; 5 extra memory, repeatability.
+(three levels; faiss niter 20, nredo 5); 4 one GPU, ours alone; 5 extra memory, repeatability.
 time: median of the rounds. ratio: median over rounds of time / faiss's time in the same round. objective: mean
 squared distance to the nearest returned centroid, one evaluator in float64 for all. memory: rise of the process's
 high-water mark (Linux VmHWM, reset before the call) in a fresh process with the data loaded and the library warm; on
 CUDA, max_memory_allocated beyond the data. Shared start: same random rows as first centroids.
 """
 import argparse
+import contextlib
 import datetime
 import functools
-import json
+import importlib.metadata
+import importlib.util
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -28,13 +29,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from losses import cpu_name
 from torchvision.transforms.functional import pil_to_tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import hierarchical_kmeans, kmeans, load_data, near_centroids, normalize_pixels
 from networks import extract_features
 
-ITERATIONS, CLOCK = 20, time.perf_counter
+ITERATIONS = 20
 
 
 # ---- contestants: (x (N, D) numpy or CUDA tensor, k, seed, init or None) -> centroids (k, D)
@@ -48,62 +50,39 @@ def ours_exact(x, k, seed, init):
     return ours(x, k, seed, init, exact=True)
 
 
-def faiss_kmeans(x, k, seed, init, nredo=1, gpu=False):
+def faiss_kmeans(x, k, seed, init, nredo=1):
     import faiss
 
-    x = np.asarray(torch.as_tensor(x).cpu())
-    run = faiss.Kmeans(x.shape[1], k, niter=ITERATIONS, nredo=nredo, seed=seed + 1, gpu=gpu,
+    run = faiss.Kmeans(x.shape[1], k, niter=ITERATIONS, nredo=nredo, seed=seed + 1,
                        max_points_per_centroid=10**9, min_points_per_centroid=1)
-    run.train(x, init_centroids=init if init is None else np.asarray(init))
+    run.train(x, init_centroids=init)
     run.assign(x)  # ours returns the assignment too
     return run.centroids
-
-
-def faiss_gpu(x, k, seed, init):
-    return faiss_kmeans(x, k, seed, init, gpu=True)
 
 
 def sklearn_kmeans(x, k, seed, init):
     from sklearn.cluster import KMeans
 
-    start = "random" if init is None else np.asarray(init)
+    start = "random" if init is None else init
     return KMeans(k, init=start, n_init=1, max_iter=ITERATIONS, tol=0, random_state=seed).fit(x).cluster_centers_
 
 
 def fastkmeans(x, k, seed, init):
     from fastkmeans import FastKMeans
 
-    x = np.asarray(torch.as_tensor(x).cpu())
     run = FastKMeans(x.shape[1], k, niter=ITERATIONS, seed=seed, max_points_per_centroid=None)
     run.train(x)
     run.predict(x)
     return run.centroids
 
 
-def flash_kmeans(x, k, seed, init):
-    from flash_kmeans import batch_kmeans_Euclid
-
-    start = None if init is None else torch.as_tensor(init, device="cuda")[None].half()
-    return batch_kmeans_Euclid(x[None].half(), k, max_iters=ITERATIONS, init_centroids=start)[1][0].float()
+CONTESTANTS = {f.__name__: f for f in (faiss_kmeans, ours_exact, ours, sklearn_kmeans, fastkmeans)}
+NEEDS = {"faiss_kmeans": "faiss", "sklearn_kmeans": "sklearn", "fastkmeans": "fastkmeans"}
 
 
-CONTESTANTS = {f.__name__: f for f in (faiss_kmeans, ours_exact, ours, sklearn_kmeans, fastkmeans, flash_kmeans, faiss_gpu)}
-
-
-def installed(name, device):
+def installed(name):
     """Whether a contestant can run here."""
-    from importlib.util import find_spec
-
-    cuda = device != "cpu"
-    if name.startswith("faiss") and find_spec("faiss") is None:
-        return False
-    if name == "faiss_gpu":
-        import faiss
-
-        return cuda and getattr(faiss, "get_num_gpus", lambda: 0)() > 0
-    if name == "flash_kmeans":
-        return cuda and find_spec("flash_kmeans") is not None
-    return find_spec({"sklearn_kmeans": "sklearn", "fastkmeans": "fastkmeans"}.get(name, "torch")) is not None
+    return importlib.util.find_spec(NEEDS.get(name, "torch")) is not None
 
 
 # ---- data and measures
@@ -137,7 +116,7 @@ def patch_responses(folder):
 
 
 def picture_features(folder, n, d):
-    """(n, d) unit rows: n of the pictures at random, their patch responses reduced to d <= 1024 principal components."""
+    """(n, d) unit rows: n of the pictures at random, patch responses reduced to d <= 1024 principal components."""
     x = patch_responses(folder)
     x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:n]].double()
     x = x - x.mean(0)
@@ -148,7 +127,8 @@ def objective(x, centroids):
     """Mean squared distance to the nearest centroid, distances in float64."""
     x, c = torch.as_tensor(x), torch.as_tensor(centroids).to(torch.as_tensor(x).device)
     near = near_centroids(x, c)[:, 0]
-    return sum((a.double() - c[b].double()).square().sum().item() for a, b in zip(x.split(8192), near.split(8192))) / len(x)
+    parts = zip(x.split(8192), near.split(8192))
+    return sum((rows.double() - c[nearest].double()).square().sum().item() for rows, nearest in parts) / len(x)
 
 
 def tree_objective(x, labels):
@@ -164,11 +144,11 @@ def tree_objective(x, labels):
 def clock(call, device):
     if device != "cpu":
         torch.cuda.synchronize()
-    start = CLOCK()
+    start = time.perf_counter()
     out = call()
     if device != "cpu":
         torch.cuda.synchronize()
-    return CLOCK() - start, out
+    return time.perf_counter() - start, out
 
 
 def alternate(calls, rounds, device):
@@ -215,40 +195,41 @@ def child(name, folder, k):
 
 # ---- figures
 
-class Table:
-    def __init__(self):
-        self.rows = []
-        print(f"{'problem':44}{'contestant':18}{'time s':>9}{'x faiss':>9}{'objective':>12}{'x faiss':>10}{'extra MiB':>11}")
-
-    def add(self, problem, contestant, seconds, ratio, value, value_ratio, memory=float("nan"), note=""):
-        self.rows.append(dict(problem=problem, contestant=contestant, seconds=seconds, time_ratio=ratio, objective=value,
-                              objective_ratio=value_ratio, extra_mib=memory, note=note))
-        print(f"{problem:44}{contestant:18}{seconds:9.3f}{ratio:9.3f}{value:12.6f}{value_ratio:10.5f}{memory:11.1f}  {note}",
-              flush=True)
+NAN = float("nan")
 
 
-def compare(table, title, x, k, names, rounds, shared, device, base="faiss_kmeans"):
+HEADINGS = "problem", "contestant", "time s", "x faiss", "objective", "x faiss", "extra MiB"
+
+
+def add(problem, contestant, seconds, ratio=NAN, value=NAN, value_ratio=NAN, memory=NAN, note=""):
+    """Print a line of the table."""
+    print(f"{problem:44}{contestant:18}{seconds:9.3f}{ratio:9.3f}{value:12.6f}{value_ratio:10.5f}{memory:11.1f}", note,
+          sep="  ", flush=True)
+
+
+def compare(title, x, k, names, rounds, shared, device):
     """One problem, all contestants that run here."""
     def start(seed):
         rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:k]
         return torch.as_tensor(x)[rows].cpu().numpy() if shared else None
 
-    names = [name for name in names if installed(name, device)]
+    names = [name for name in names if installed(name)]
     calls = {name: lambda seed, f=CONTESTANTS[name]: f(x, k, seed, start(seed)) for name in names}
     for name in names:  # warm up
         CONTESTANTS[name](x[:2000], min(k, 100), 0, None)
     out = alternate(calls, rounds, device)
     value = {name: [objective(x, c) for c in out[name][1]] for name in names}
-    base = base if base in names else names[0]
     for name in names:
-        ratio = statistics.median(a / b for a, b in zip(out[name][0], out[base][0]))
-        value_ratio = statistics.median(a / b for a, b in zip(value[name], value[base]))
+        ratio = value_ratio = NAN
+        if "faiss_kmeans" in names:
+            ratio = statistics.median(a / b for a, b in zip(out[name][0], out["faiss_kmeans"][0]))
+            value_ratio = statistics.median(a / b for a, b in zip(value[name], value["faiss_kmeans"]))
         again = ""
         if name.startswith("ours"):
             again = f"repeatable: {torch.equal(out[name][1][0], calls[name](0))}"
         memory = peak_memory(name, x, k, start(0), device)
-        table.add(title, name, statistics.median(out[name][0]), ratio, statistics.median(value[name]), value_ratio,
-                  memory, again)
+        add(title, name, statistics.median(out[name][0]), ratio, statistics.median(value[name]), value_ratio, memory,
+            again)
 
 
 def faiss_tree(x, clusters, seed):
@@ -266,21 +247,22 @@ def faiss_tree(x, clusters, seed):
     return labels
 
 
-def recipes(table, x, rounds):
+def recipes(x, rounds):
+    rows = torch.as_tensor(x)
     for clusters in ((1000, 100, 10), (3000, 2000, 1000)):
         calls = {"faiss_kmeans": lambda seed: faiss_tree(x, clusters, seed),
-                 "ours": lambda seed: hierarchical_kmeans(torch.as_tensor(x), clusters, temperature=0.2, seed=seed).assign}
+                 "ours": lambda seed: hierarchical_kmeans(rows, clusters, temperature=0.2, seed=seed).assign}
         out = alternate(calls, rounds, "cpu")
         value = {name: np.median([tree_objective(x, labels) for labels in out[name][1]], 0) for name in calls}
         for name in calls:
             ratio = statistics.median(a / b for a, b in zip(out[name][0], out["faiss_kmeans"][0]))
-            for level, k in enumerate(clusters):
-                table.add(f"3 tree {'-'.join(map(str, clusters))} level {level}", name, statistics.median(out[name][0]),
-                          ratio, value[name][level], value[name][level] / value["faiss_kmeans"][level])
+            for level in range(len(clusters)):
+                add(f"3 tree {'-'.join(map(str, clusters))} level {level}", name, statistics.median(out[name][0]),
+                    ratio, value[name][level], value[name][level] / value["faiss_kmeans"][level])
 
 
-def gpu(table, n, d, clusters, rounds):
-    """One exact pass by CUDA events, level 0 of all contestants, the whole tree."""
+def gpu(n, d, clusters, rounds):
+    """Of a mixture's rows: one exact pass by CUDA events, level 0, the whole tree."""
     x, k = torch.from_numpy(mixture(n, d, 3000)).cuda(), clusters[0]
     c = x[torch.randperm(n, generator=torch.Generator().manual_seed(0))[:k].cuda()].clone()
     for title, half in (("half-precision scores", True), ("float32 scores", False)):
@@ -292,14 +274,13 @@ def gpu(table, n, d, clusters, rounds):
             stop.record()
             torch.cuda.synchronize()
             times.append(start.elapsed_time(stop) / 1e3)
-        table.add(f"4 exact pass, {title}", "ours", statistics.median(times[1:]), float("nan"), float("nan"), float("nan"))
-    compare(table, f"4 {n}x{d} K={k}", x, k, ["ours", "flash_kmeans", "fastkmeans", "faiss_gpu"], rounds, True, "cuda",
-            base="faiss_gpu")
+        add(f"4 exact pass, {title}", "ours", statistics.median(times[1:]))
+    compare(f"4 {n}x{d} K={k} own start", x, k, ["ours"], rounds, False, "cuda")
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     times = [clock(lambda: hierarchical_kmeans(x, clusters, temperature=0.2), "cuda")[0] for _ in range(rounds + 1)]
-    table.add(f"4 tree {'-'.join(map(str, clusters))}", "ours", statistics.median(times[1:]), float("nan"), float("nan"),
-              float("nan"), (torch.cuda.max_memory_allocated() - before) / 2**20)
+    add(f"4 tree {'-'.join(map(str, clusters))}", "ours", statistics.median(times[1:]),
+        memory=(torch.cuda.max_memory_allocated() - before) / 2**20)
 
 
 def parse_args(argv=None):
@@ -307,47 +288,35 @@ def parse_args(argv=None):
     p.add_argument("--figures", type=int, nargs="+", default=None, help="which of 1 2 3 4 (memory, 5, is in 1 and 2)")
     p.add_argument("--device", default="cpu", help="cpu or cuda")
     p.add_argument("--sizes", help="NxDxK,NxDxK instead of the listed problems of figures 1 and 2; 4: NxDxK0-K1-K2")
-    p.add_argument("--data", help="instead of the mixture: a folder of pictures, or .npy (N, D) float32 (sizes' N, D ignored)")
+    p.add_argument("--data", help="instead of the mixture: a folder of pictures, or .npy (N, D) float32, whole")
     p.add_argument("--rounds", type=int, default=3, help="runs of each contestant, seeds 0, 1, ...")
     p.add_argument("--threads", type=int, default=os.cpu_count())
-    p.add_argument("--cpu-clock", action="store_true", help="CPU seconds, for a machine with other work; one thread only")
     p.add_argument("--only", nargs="+", choices=CONTESTANTS, help="only these contestants")
-    p.add_argument("--json", "--out", dest="json", help="write the rows here")
     p.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     return p.parse_args(argv)
 
 
 def versions():
-    from importlib.metadata import PackageNotFoundError, version
-
-    for name in ("torch", "numpy", "faiss-cpu", "faiss-gpu", "faiss-gpu-cu12", "scikit-learn", "fastkmeans", "flash-kmeans"):
-        try:
-            yield f"{name} {version(name)}"
-        except PackageNotFoundError:
-            pass
+    for name in ("torch", "numpy", "faiss-cpu", "scikit-learn", "fastkmeans"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            yield f"{name} {importlib.metadata.version(name)}"
 
 
 def main(args):
-    if args.cpu_clock:
-        global CLOCK
-        CLOCK, args.threads = time.process_time, 1
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     torch.set_num_threads(args.threads)
-    try:
+    if installed("faiss_kmeans"):
         import faiss
 
         faiss.omp_set_num_threads(args.threads)
-    except ImportError:
-        pass
     if args.child:
         return child(args.child[0], args.child[1], int(args.child[2]))
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
-               platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
-    print(f"{datetime.date.today()}  {cpu}, {args.threads} threads  {', '.join(versions())}  rounds {args.rounds}"
-          f"{'  CPU seconds' if args.cpu_clock else ''}")
+    print(f"{datetime.date.today()}  {cpu_name()}, {args.threads} threads  {', '.join(versions())}  "
+          f"rounds {args.rounds}")
     if args.device != "cpu":
         print(torch.cuda.get_device_name())
-    table, figures = Table(), args.figures or ([4] if args.device != "cpu" else [1, 2, 3])
+    print("{:44}{:18}{:>9}{:>9}{:>12}{:>10}{:>11}".format(*HEADINGS))
+    figures = args.figures or ([4] if args.device != "cpu" else [1, 2, 3])
 
     def features(n, d, k):
         if args.data is None:
@@ -366,19 +335,17 @@ def main(args):
     rivals = "sklearn_kmeans", "fastkmeans"
     if 1 in figures:
         for x, k, title in problems("50000x128x1000,50000x128x300,50000x128x100,20000x512x300"):
-            compare(table, "1 " + title, x, k, pick("faiss_kmeans", "ours_exact", *rivals), args.rounds, True, args.device)
+            compare("1 " + title, x, k, pick("faiss_kmeans", "ours_exact", *rivals), args.rounds, True, args.device)
     if 2 in figures:
         for x, k, title in problems("50000x128x1000,50000x128x3000"):
             for shared in (True, False):
-                compare(table, f"2 {title} {'shared start' if shared else 'own start'}", x, k, pick("faiss_kmeans", "ours"),
+                compare(f"2 {title} {'shared' if shared else 'own'} start", x, k, pick("faiss_kmeans", "ours"),
                         args.rounds, shared, args.device)
     if 3 in figures:
-        recipes(table, features(50000, 128, 1000), args.rounds)
+        recipes(features(50000, 128, 1000), args.rounds)
     if 4 in figures:
         n, d, clusters = (args.sizes or "1281167x128x30000-10000-1000").split("x")
-        gpu(table, int(n), int(d), [int(k) for k in clusters.split("-")], args.rounds)
-    if args.json:
-        Path(args.json).write_text(json.dumps(table.rows, indent=1))
+        gpu(int(n), int(d), [int(k) for k in clusters.split("-")], args.rounds)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """What the data pipeline and the hierarchy cost a training step: ratios, measured side by side.
 
     python bench/pipeline.py                        # textures, the default network: half a minute on two idle cores
-    python bench/pipeline.py --data cifar100 --arch resnet18 --stem 3x3 --batch-size 256 --device cuda
+    python bench/pipeline.py --data cifar100 --arch resnet18 --stem 3x3 --batch-size 128
 
 Alternates, in one process, stretches of some steps each: a step of MoCo on a fixed batch; the same step fed by the real
-pipeline (draws, crops, colours), which makes a batch ahead; and the pipeline alone, also as PIL transforms in the
-data-set object, the usual way. Then the epoch: with / without clustering and path loss, from the measured step, feature
-pass and k-means. Ratios are medians over the rounds.
+pipeline (draws, crops, colours), which makes a batch ahead where a core is free; and the pipeline alone, also as PIL
+transforms in the data-set object, the usual way. Then the epoch: with / without clustering and path loss, from the
+measured step, feature pass and k-means. Ratios are medians over the rounds.
 """
 
 import argparse

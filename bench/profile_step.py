@@ -4,8 +4,9 @@
     python bench/profile_step.py hcsc --arguments --clusters 0
 
 Each script runs as always, its tree there from the first epoch, and is stopped after --steps steps. A part's time is
-without the parts that it calls, the median over the steps. Batches are made in a thread beside the step: what the step
-waits for them is one row, what that thread is busy per step another, which the sum does not count.
+without the parts that it calls, the median over the steps. Where a core is free (OMP_NUM_THREADS=1), batches are made
+in a thread beside the step: what the step waits for them is one row, what that thread is busy per step another, which
+the sum does not count. Else the step waits while they are made.
 """
 
 import argparse
@@ -69,6 +70,7 @@ class Clock:
                 return function(*args, **kwargs)
             finally:
                 self.now[BESIDE] = self.now.get(BESIDE, 0) + time.thread_time() - begun
+        part = "wait for the batch" if part == BESIDE else part  # no thread beside makes it
         self.charge()
         self.running.append("key encoder" if part == "encoder" and not torch.is_grad_enabled() else part)
         try:
@@ -121,7 +123,8 @@ def profile(name, steps, arguments):
         patched.enter_context(mock.patch.object(plumbing.Run, "timed", timed))
         patched.enter_context(contextlib.redirect_stdout(io.StringIO()))
         patched.enter_context(contextlib.suppress(Enough))
-        script.main(script.parse_args(["--warmup-epochs", "0", "--out", f"{folder}/run", *arguments]))
+        script.main(script.parse_args(["--device", "cpu", "--warmup-epochs", "0", "--out", f"{folder}/run",
+                                       *arguments]))
     return {part: statistics.median(step.get(part, 0) for step in clock.steps[WARM_UP:]) for part in PARTS}
 
 

@@ -20,6 +20,7 @@ the 95 % interval of Student's t; "helps" or "hurts" stands only where that excl
 
 import argparse
 import ast
+import contextlib
 import fnmatch
 import functools
 import hashlib
@@ -171,6 +172,10 @@ health 1 hirl_dino.py --clusters 0 --centering mean
 health 1 hirl_ibot.py --clusters 0
 health 1 hirl_ibot.py
 
+gpu 1 hirl_moco.py --epochs 100 --clusters 0
+gpu 1 hirl_moco.py --epochs 100
+gpu 1 hcsc.py --epochs 100
+
 gpu 1 hirl_moco.py --clusters 0
 gpu 1 hirl_moco.py
 gpu 1 hcsc.py
@@ -216,7 +221,7 @@ TABLES = {  # a study or two and the columns, heading: measure; the rows, where 
                           "difference, 100 classes by kNN": "difference knn 1", "difference, linear probe":
                           "difference linear", "minutes, of three runs at once": "minutes"}),
     "gpu": ("gpu", {**CIFAR, "linear, 100 classes": "linear", "difference, 100 classes by kNN":
-                    "difference knn 1", "minutes": "minutes"}),
+                    "difference knn 1", "difference, linear probe": "difference linear"}),
 }
 PICTURE = ("textures", {"hirl_moco.py --clusters 0": "#777777", "hirl_moco.py --clusters 810 270 27": "#0072b2",
                         "hcsc.py --clusters 810 270 27": "#d55e00"},
@@ -330,6 +335,7 @@ SHORT = "--epochs 3 --warmup-epochs 1 --eval-every 3"
 AGES = "earlier code", "earlier code, same figures"  # the worse first
 TIMINGS = {"images_per_s", "data_wait", "peak_memory_gib"}
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+CPU = {**ONE_THREAD, "CUDA_VISIBLE_DEVICES": ""}  # all but the studies named gpu, also where there is one
 
 
 def known_figures():
@@ -346,7 +352,7 @@ def add_figures(run):
     with tempfile.TemporaryDirectory() as folder:
         arguments = run._replace(seed=0).arguments.format(cifar100="textures --preset cifar").split()
         subprocess.run([sys.executable, *arguments, *SHORT.split(), "--out", f"{folder}/run"], cwd=ROOT, check=True,
-                       capture_output=True, env=ONE_THREAD)
+                       capture_output=True, env=CPU)
         rows = [json.loads(line) for line in Path(folder, "run/log.jsonl").read_text().splitlines()]
     figures = repr([{name: row[name] for name in sorted(row.keys() - TIMINGS)} for row in rows])
     with writing:
@@ -369,14 +375,14 @@ running = set()  # processes
 writing = threading.Lock()  # of results/figures.json
 
 
-def execute(command, folder):
+def execute(command, folder, environment):
     """Run a script, its output to FOLDER.out; its time, and that of its earlier tries, is added up in FOLDER.time.
 
     Returns (seconds, CPU seconds). Raises CalledProcessError.
     """
     begun, path = time.perf_counter(), folder.with_name(folder.name + ".time")
     with open(folder.with_name(folder.name + ".out"), "a") as out:
-        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=out, stderr=out, env=ONE_THREAD)
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=out, stderr=out, env=environment)
         running.add(process)
         _, status, usage = os.wait4(process.pid, 0)
         running.discard(process)
@@ -393,15 +399,17 @@ def perform(run, args):
     """Train, evaluate, keep; says how it ended, and returns whether it did."""
     script, *arguments = run.arguments.format(cifar100=args.cifar100).split()
     code, evaluation = code_version(script), STUDIES[run.study][1]
+    environment = ONE_THREAD if run.study.startswith("gpu") else CPU
     folder = ROOT / "runs" / f"{run.id}-{code}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     out, begun = str(folder.relative_to(ROOT)), (folder / "config.json").exists()
     print(f"{run.id}: {'goes on' if begun else 'begins'}, see {out}.out", flush=True)
     try:
-        seconds, cpu_seconds = execute([script, *arguments, "--out", out, *["--resume"] * begun], folder)
+        seconds, cpu_seconds = execute([script, *arguments, "--out", out, *["--resume"] * begun], folder, environment)
         if evaluation:
             (folder / "eval.json").unlink(missing_ok=True)
-            execute(["eval_linear.py", "--run", out, *evaluation.split()], folder.with_name(folder.name + "-eval"))
+            execute(["eval_linear.py", "--run", out, *evaluation.split()], folder.with_name(folder.name + "-eval"),
+                    environment)
         if not run.study.startswith("gpu"):
             add_figures(run)
     except subprocess.CalledProcessError as error:
@@ -430,9 +438,11 @@ def perform_all(runs, args):
     except KeyboardInterrupt:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
+        pool.shutdown(wait=False, cancel_futures=True)
         for process in list(running):
-            os.kill(process.pid, signal.SIGTERM)  # it finishes its step, saves and ends
-        pool.shutdown(cancel_futures=True)
+            with contextlib.suppress(ProcessLookupError):  # it got the signal too, and has ended
+                os.kill(process.pid, signal.SIGTERM)  # it finishes its step, saves and ends
+        pool.shutdown()
         sys.exit("stopped: the same command goes on from here")
 
 
@@ -528,6 +538,8 @@ def parse_args():
 
 def main():
     args = parse_args()
+    if Path(args.cifar100).is_dir():  # else `cifar100` would be the name of torchvision's
+        args.cifar100 = str(Path(args.cifar100).resolve())
     if args.check:
         wrong = check()
         print("\n".join(wrong) or "the tables are what the logs give, and decimal numbers in the text are in a log")

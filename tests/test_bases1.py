@@ -2,7 +2,7 @@
 
 As in test_losses.py: a `slow_` function is the oracle beside its test, golden numbers are the authors' released code
 run in double precision (tests/golden/*.npz), and the code under test is always imported. What every script must do
-(files, resume, faults, two processes) is in test_scripts.py.
+(files, resume, faults, two processes) is in test_runs.py and test_ranks.py.
 
     pytest tests/test_bases1.py
 """

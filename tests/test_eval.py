@@ -374,6 +374,7 @@ def test_every_protocol_on_a_run(run, monkeypatch, capsys, tmp_path):
     assert saved["pictures"] == dict(train=32, labelled=32, test=16)
     linear, = results["linear"]
     assert linear["depth"] == 1 and linear["classes"] == 4 and len(linear["rates"]) == 6
+    assert [r["lr"] for r in linear["rates"]] == [round(lr / 16, 6) for lr in (0.01, 0.03, 0.1, 0.3, 1, 3)]  # 16 / 256
     assert linear["last"] == max(r["last"] for r in linear["rates"]) > 80  # colours: an easy task
     assert 1 <= linear["best_epoch"] <= 12 and linear["best"] >= linear["last"]
     assert [row["classes"] for row in results["knn"]] == [2, 4] and results["knn"][0]["top1"] > 90
@@ -394,11 +395,11 @@ def test_every_protocol_on_a_run(run, monkeypatch, capsys, tmp_path):
 
     # Again, into the same file, with random crops and few labels: the first results are kept.
     code, text, _ = evaluate(
-        monkeypatch, capsys, "--run", run, "--protocol", "linear", "--linear", "augment", "--labels", 0.25,
+        monkeypatch, capsys, "--run", run, "--protocol", "linear", "--linear", "augment", "--labels", 0.05,
         "--depth", 0, 1, "--epochs", 3, "--schedule", "step", "--out", out)
     again = json.loads(out.read_text())
     assert code == 0 and saved.pop("earlier") == [] and again["earlier"] == [saved]
-    assert again["pictures"]["labelled"] == 8 and [row["depth"] for row in again["results"]["linear"]] == [0, 1]
+    assert again["pictures"]["labelled"] == 4 and [row["depth"] for row in again["results"]["linear"]] == [0, 1]
 
     # And into another file, beside it, with another tree: that of the first stays.
     code, _, _ = evaluate(monkeypatch, capsys, "--run", run, "--protocol", "hierarchy", "--clusters", 2, "--out",

@@ -98,7 +98,7 @@ def test_instance_term_of_equal_logits_follows_from_the_share_dropped():
 
 
 def test_small_crops_leave_the_others_out_of_their_own_assignment():
-    """swapped_prediction indexes no device with a list: crop i is cut out of the C crops."""
+    """swapped_prediction: the assignment of crop i is predicted by the C - 1 other crops."""
     scores = torch.randn(4, 5, 7, generator=torch.Generator().manual_seed(0))
     assigned = scores[:2].softmax(dim=2)
     pairs = [(i, v) for i in (0, 1) for v in range(4) if v != i]

@@ -115,7 +115,7 @@ def test_hcsc_terms_are_means_over_levels_by_default():  # H2
 
 
 def test_hcsc_draws_follow_the_chances():
-    """0 never, 1 always, between them in proportion; a rank's rows are a slice of the whole batch's draw."""
+    """0 never, 1 always, between them in proportion."""
     chance = torch.tensor([[0.0, 1.0, 0.25]]).expand(40_000, 3)
     drawn, = hcsc.draw([chance], 40_000, ranks.random_state(0, "selection"))
     share = drawn.float().mean(dim=0)

@@ -225,12 +225,13 @@ def use_collectives():
         p.grad = torch.full_like(p, 1.0 + rank)
     ranks.average(p.grad for p in single.parameters())
     mine = ranks.local_rows(7)
-    keys = ranks.make_keys(lambda x: 2 * x, torch.arange(4.0).view(2, 2) + 10 * rank, "shuffle",
+    seen = []
+    keys = ranks.make_keys(lambda x: seen.append(x) or 2 * x, torch.arange(4.0).view(2, 2) + 10 * rank, "shuffle",
                            torch.Generator().manual_seed(5))
     gather = ranks.all_gather_rows
     return dict(rows=gather(rows), none=gather(rows[:0]), only_first=gather(rows if rank == 0 else rows[:0]),
                 sum=ranks.all_reduce_sum(rows[:1].clone()),
-                grad=single.weight.grad, slice=[mine.start, mine.stop], keys=keys,
+                grad=single.weight.grad, slice=[mine.start, mine.stop], keys=keys, seen=seen[0],
                 objects=ranks.all_gather_objects(rank))
 
 
@@ -243,6 +244,9 @@ def test_collectives(tmp_path):
         assert torch.equal(found["sum"], torch.tensor([[300.0, 303.0]]))
         assert torch.equal(found["grad"], torch.full((1, 2), 2.0))  # the mean of 1, 2, 3
         assert torch.equal(found["keys"], 2 * (torch.arange(4.0).view(2, 2) + 10 * rank))  # shuffled and back
+    seen = torch.cat([found["seen"] for found in each])  # by the encoders of ranks 0, 1, 2: each row once, mixed
+    assert torch.equal(seen[seen[:, 0].argsort()], torch.cat([found["keys"] / 2 for found in each]))
+    assert any((found["seen"] // 10 != rank).any() for rank, found in enumerate(each))
     assert [found["slice"] for found in each] == [[0, 2], [2, 4], [4, 7]]  # they cover 7 rows without overlap
 
 

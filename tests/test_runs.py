@@ -57,6 +57,14 @@ QUEUED = [name for name in SCRIPTS if "--queue-size" in (ROOT / f"{name}.py").re
 # ---- a run and what it leaves
 
 
+CHANCE = {  # of the settings in conftest.py: 32 queued keys, batches of 16, 24 prototypes
+    "hirl_moco": dict(moco=math.log(33)), "hcsc": dict(moco=math.log(33)), "hirl_simsiam": dict(simsiam=0),
+    "csml": dict.fromkeys(("image", "neighbour", "mix"), math.log(33) / 3), "hirl_simclr": dict(simclr=math.log(31)),
+    "hirl_mocov3": dict(mocov3=4 * math.log(16)), "hirl_swav": dict(swav=math.log(24)),
+    "hirl_dino": dict(dino=math.log(24)), "hirl_ibot": dict(dino=math.log(24), patch=math.log(24) / 2),
+}
+
+
 def test_a_run_leaves_its_files(whole):
     script, folder, printed = whole
     assert sorted(p.name for p in folder.iterdir()) == [
@@ -65,6 +73,7 @@ def test_a_run_leaves_its_files(whole):
     assert config["arguments"]["batch_size"] == BATCH and config["derived"]["steps_per_epoch"] == STEPS
     assert config["derived"]["pictures"] == IMAGES and config["versions"]["torch"] == torch.__version__
     assert f"{script}.py --data" in config["command"]
+    assert config["derived"]["chance_level_loss"] == pytest.approx(CHANCE[script], abs=1e-4)
     for name, value in config["derived"].items():  # every derived value is said at the start
         assert f"  {name:20} {value}" in printed
 
