@@ -14,8 +14,8 @@ docstrings; where a log's is not today's, its row of a table has a mark: ‡ ear
 where both codes logged the same digits in three epochs of that row's arguments on textures, a tree from the second on,
 one thread: each run adds its code's digits to results/figures.json, --compare adds today's.
 
-In the tables: mean ± standard deviation over the seeds. Differences are paired, seed by seed, to the plain method, with
-the 95 % interval of Student's t; "helps" or "hurts" stands only where that excludes 0.
+In the tables: mean ± standard deviation over the seeds. Differences are paired, seed by seed, to the plain method; from
+three seeds on with the 95 % interval of Student's t, and "helps" or "hurts" only where that excludes 0.
 """
 
 import argparse

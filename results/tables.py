@@ -52,7 +52,7 @@ class Setting(NamedTuple):
 # ---- cells
 
 DIGITS = {"nmi": 3, "rank": 3, "last": 2, "last prototypes_in_use": 0}  # of a measure, by name or first word; else 1
-T95 = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145  # by df, from 1
+T95 = 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145  # by df, from 2
 
 
 def digits_of(what):
@@ -72,9 +72,9 @@ def mean_std(values, digits):
 
 
 def interval(differences):
-    """Mean and half width of the 95 % interval of Student's t; None for the width of one value."""
+    """Mean and half width of the 95 % interval of Student's t; None for the width of fewer than three values."""
     mean, n = statistics.mean(differences), len(differences)
-    return mean, T95[min(n - 2, len(T95) - 1)] * statistics.stdev(differences) / n ** 0.5 if n > 1 else None
+    return mean, T95[min(n - 3, len(T95) - 1)] * statistics.stdev(differences) / n ** 0.5 if n > 2 else None
 
 
 def differences(logs, plain, what):
@@ -83,13 +83,13 @@ def differences(logs, plain, what):
     return {seed: own - other for seed, (own, other) in pairs.items() if None not in (own, other)}
 
 
-def said(differences, digits, of_one="one seed"):
+def said(differences, digits, of="seed"):
     """Mean of paired differences, its interval, and the word that follows from it."""
     if not differences:
         return ""
     mean, half = interval(differences)
     if half is None:
-        return f"{signed(mean, digits)}, {of_one}"
+        return f"{signed(mean, digits)}, {(f'one {of}', f'two {of}s')[len(differences) - 1]}"
     low, high = mean - half, mean + half
     word = "helps " if low > 0 else "hurts " if high < 0 else ""
     finer = digits + any(bound and not float(f"{bound:.{digits}f}") for bound in (low, high))  # shows its side of 0
@@ -111,7 +111,7 @@ def cell(setting, what):
 def pooled(settings, what):
     """The same over the means of several settings, for a method on several bases."""
     means = [statistics.mean(found) for s in settings if (found := differences(s.logs, s.plain, what).values())]
-    return said(means, digits_of(what), "one base")
+    return said(means, digits_of(what), "base")
 
 
 def seeds(logs):

@@ -225,6 +225,7 @@ def test_what_was_stopped_goes_on_and_its_log_is_kept(tmp_path, monkeypatch):
     ([-0.7, -0.97, -0.43], "hurts -0.7 [-1.37, -0.03]"),  # 0.7 ± 4.303 * 0.27 / sqrt(3): one sees that it is below 0
     ([-0.01, 0.01, -0.02], "0.0 [-0.04, +0.03]"),
     ([0.5], "+0.5, one seed"),
+    ([0.3, 0.3], "+0.3, two seeds"),  # too few to say how far they spread
     ([], "")])
 def test_a_word_needs_an_interval_without_0(values, text, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "results")
@@ -242,15 +243,17 @@ def test_differences_are_over_the_seeds_that_both_rows_have(monkeypatch):
         return {seed: tables.Log({}, [dict(knn=[value])], dict(linear=[dict(last=value)] if value < 50 else []))
                 for seed, value in values.items()}
 
-    a = tables.Setting("`a`", "", logs({0: 10.0, 1: 20.0, 2: 30.0}), logs({0: 11.0, 2: 33.0, 5: 99.0}))
+    a = tables.Setting("`a`", "", logs({0: 10.0, 1: 20.0, 2: 30.0, 3: 40.0}),
+                       logs({0: 11.0, 2: 33.0, 3: 42.0, 5: 99.0}))
     b = tables.Setting("`b`", "", logs({0: 10.0}), logs({0: 60.0}))
-    assert tables.differences(a.logs, a.plain, "knn 0") == {0: 1.0, 2: 3.0}
+    assert tables.differences(a.logs, a.plain, "knn 0") == {0: 1.0, 2: 3.0, 3: 2.0}
     assert tables.differences(b.logs, b.plain, "linear") == {}
-    assert tables.seeds(a.logs) == "3 (0, 2, 5)" and tables.seeds(a.plain) == "3"
-    assert tables.pooled([a, b], "knn 0") == "+26.0 [-278.9, +330.9]"  # 26 ± 12.706 * 33.94 / sqrt(2)
+    assert tables.seeds(a.logs) == "4 (0, 2, 3, 5)" and tables.seeds(a.plain) == "4"
+    assert tables.pooled([a, b], "knn 0") == "+26.0, two bases"
+    assert tables.pooled([a, b, a], "knn 0") == "+18.0 [-50.8, +86.8]"  # 18 ± 4.303 * 27.71 / sqrt(3)
     assert tables.pooled([a, b], "linear") == "+2.0, one base"
     table = tables.study_table([a, b], {"kNN": "knn 0", "difference": "difference knn 0"}, ("both", ["a", "b"]))
-    assert table.splitlines()[-1] == "| both |  |  | +26.0 [-278.9, +330.9] |"
+    assert table.splitlines()[-1] == "| both |  |  | +26.0, two bases |"
     assert tables.intervals([table]).startswith("The tables of this page hold 1 intervals. 0 exclude 0; 0 would")
 
 
