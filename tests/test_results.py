@@ -21,8 +21,8 @@ import common
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def reproduce(root, flag):
-    done = subprocess.run([sys.executable, "results/reproduce.py", flag], cwd=root, capture_output=True, text=True)
+def reproduce(root, *flags):
+    done = subprocess.run([sys.executable, "results/reproduce.py", *flags], cwd=root, capture_output=True, text=True)
     assert not done.stderr
     return done.returncode, done.stdout
 
@@ -168,11 +168,12 @@ def test_validation_of_textures_is_neither_training_nor_test():
     assert not any(bytes(picture.numpy()) in seen for picture in held_out.pixels)
 
 
-SCRIPT = """import json, pathlib, sys
+SCRIPT = """import json, os, pathlib, sys
 out, seed = (pathlib.Path(sys.argv[sys.argv.index(flag) + 1]) for flag in ("--out", "--seed"))
 if "--resume" not in sys.argv:
     out.mkdir()
-    (out / "config.json").write_text(json.dumps(dict(command=sys.argv, data="/somewhere/cifar100")))
+    (out / "config.json").write_text(json.dumps(dict(command=sys.argv, data="/somewhere/cifar100", gpus=os.environ[
+        "CUDA_VISIBLE_DEVICES"])))
     if seed.name == "1":
         sys.exit(143)
 rows = [dict(epoch=0, knn=[1, 2, 3], knn_pixels=[1, 2, 3]), dict(epoch=1, knn=[50, 60 + int(seed.name), 70])]
@@ -182,6 +183,13 @@ EVALUATION = """import json, pathlib, sys
 results = dict(linear=[dict(last=80.0)])
 (pathlib.Path(sys.argv[sys.argv.index("--run") + 1]) / "eval.json").write_text(json.dumps(dict(results=results)))
 """
+
+
+def test_a_folder_named_cifar100_is_the_folder(copy):
+    """Not torchvision's set of that name, which would be fetched."""
+    (copy / "cifar100").mkdir()
+    code, said = reproduce(copy, "--dry-run", "--only", "gpu/*", "--cifar100", "cifar100")
+    assert code == 0 and said.count(f"--data {(copy / 'cifar100').resolve()} ") == len(said.splitlines()) > 0
 
 
 def test_what_was_stopped_goes_on_and_its_log_is_kept(tmp_path, monkeypatch):
@@ -204,6 +212,7 @@ def test_what_was_stopped_goes_on_and_its_log_is_kept(tmp_path, monkeypatch):
     log = r.read(second)
     assert log.measure("knn 1") == 61 and log.measure("linear") == 80 and not r.age(second, log)
     assert log.run["cpu_seconds"] >= 0
+    assert json.loads((tmp_path / "results" / second.id / "config.json").read_text())["gpus"] == ""  # none seen
     (tmp_path / "common.py").write_text("other = True")
     r.bare.cache_clear()
     assert r.age(second, log) == "earlier code"
