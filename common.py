@@ -61,6 +61,7 @@ class Images:
     named: set = field(default_factory=set)  # names that the user has been told of; shared with parts
     test: "Images | None" = None  # the test split that came with this one
     partner: Tensor | None = None  # (N,) int64: the picture whose views follow those of i in a batch (csml.py)
+    whole: int = 0  # of a part, the number of pictures it was taken from
 
     def __post_init__(self):
         self.index_of = torch.arange(len(self))  # (N,): i itself or, where it is unreadable, the next that is not
@@ -91,7 +92,8 @@ class Images:
         pixels = None if self.pixels is None else self.pixels[shown.to(self.pixels.device)]
         paths = self.paths and [self.paths[i] for i in shown.tolist()]
         unreadable = {n: self.unreadable[i] for n, i in enumerate(rows) if i in self.unreadable}
-        return Images([self.names[i] for i in rows], labels, self.class_names, pixels, paths, unreadable, self.named)
+        return Images([self.names[i] for i in rows], labels, self.class_names, pixels, paths, unreadable, self.named,
+                      whole=max(self.whole, len(self)))
 
     def picture(self, i):
         """Picture i as PIL's, RGB; if it cannot be read, the next that can, and this is noted. Safe in any thread."""
@@ -105,13 +107,13 @@ class Images:
                 self.replace({shown: f"{type(error).__name__}: {error}"})
 
     def replace(self, found):
-        """Note {i: why} as unreadable: the next picture takes its place, index and label too. Stop above 1 %."""
+        """Note {i: why} as unreadable: the next takes its place, index and label too. Stop above 1 % of the whole."""
         for i, why in found.items():
             self.unreadable[i], shown = why, self.index_of == i
             self.index_of[shown] = self.index_of[(i + 1) % len(self)]
             if self.labels is not None:
                 self.labels[shown] = self.labels[(i + 1) % len(self)].clone()
-        if found and len(self.unreadable) > min(len(self) - 1, max(1, 0.01 * len(self))):
+        if found and len(self.unreadable) > min(len(self) - 1, max(1, 0.01 * max(self.whole, len(self)))):
             bad, root = (self.names[i] for i in sorted(self.unreadable)[:20]), str(self.paths[0])
             raise Stop(f"{len(self.unreadable)} of {len(self)} pictures cannot be read, more than 1 % (the last one: "
                        f"{why}): mend or remove, in {root.removesuffix(self.names[0])}, {', '.join(bad)}")
@@ -244,9 +246,7 @@ def torchvision_set(name, root, train):
 
 
 def ahead(function, items, threads=1):
-    """Yield function(item) of every item, in order; `threads` threads make the next ones while the caller uses one, and
-    end with the generator, also one that is left half-way. What the function raises is raised here.
-    """
+    """Yield function(item) of every item, in order; `threads` threads work ahead, and end when the generator does."""
     if not threads:
         yield from map(function, items)
         return
@@ -396,9 +396,7 @@ def resize_weights(start, length, total, size):
 
 
 def resized_crop(images, boxes, size):
-    """Crop each image (n,C,H,W) to its own box (n,4) and resize: (n,C,size,size), two products. Equals torchvision's
-    resized_crop(..., antialias=True) on float images.
-    """
+    """Crop each image (n,C,H,W) to its box (n,4), resize: (n,C,size,size). Equals torchvision's, with antialias."""
     n, channels, height, width = images.shape
     start, length = boxes.to(images.dtype).T.reshape(2, 2, n)  # (rows and columns, n)
     down, across = resize_weights(start, length, max(height, width), size)  # (n, size, H or W, whichever is more)
@@ -763,7 +761,7 @@ def semantic_path_loss(z, hierarchy, index, negative_leaves, eps=1e-6):
 
 
 @torch.no_grad()
-def hcsc_instance_selection(queue, hierarchy, index):
+def hcsc_instance_selection(queue, hierarchy, index, *, member=None, changed=None):
     """HCSC: how likely each queue entry is a true negative of each image, one matrix per level.
 
     keep(n, j) = 1 - softmax_i(u_j . c_i^l / phi_i^l)[y_l(n)]: an entry of the image's own cluster is likely to
@@ -772,32 +770,39 @@ def hcsc_instance_selection(queue, hierarchy, index):
     queue (Q, D) unit rows u_j; hierarchy: Hierarchy of L levels; index (B,) int64, the images' places in the
     data set, y_l(n) = assign[l][index[n]]. Returns L x (B, Q), the parameters of Bernoulli draws. phi is floored
     at 1e-3, as in the release. Source: HCSC (2202.00455), selection of instances.
+    member: a list the caller keeps, empty at a new tree: it is filled with the softmax, L x (K_l, Q). Later calls
+    need the queue's rows `changed` (M,) since, and take anew only these, which saves most of the work.
     """
-    keep = []
-    for prototypes, assign, phi in zip(hierarchy.prototypes, hierarchy.assign, hierarchy.concentration):
+    size = 1024 if changed is None else len(changed)  # rows of a product: of one size, so of the same bits
+    member, entries = [] if member is None else member, queue[changed] if member else queue
+    for level, (prototypes, phi) in enumerate(zip(hierarchy.prototypes, hierarchy.concentration)):
         scaled = (prototypes / phi.clamp(min=1e-3)[:, None]).to(queue.dtype)  # (K_l, D)
-        own = assign[index]  # (B,)
-        member = [torch.softmax(entries @ scaled.T, dim=1)[:, own].T for entries in queue.split(1024)]
-        keep.append(1 - torch.cat(member, dim=1))  # (B, Q)
-    return keep
+        new = torch.cat([torch.softmax(rows @ scaled.T, dim=1) for rows in entries.split(size)]).T
+        if level < len(member):
+            member[level][:, changed] = new
+        else:
+            member.append(new)
+    return [1 - of_level[assign[index]] for of_level, assign in zip(member, hierarchy.assign)]
 
 
 @torch.no_grad()
-def hcsc_prototype_selection(hierarchy, index):
+def hcsc_prototype_selection(hierarchy, index, *, member=None):
     """HCSC: how likely each prototype is a true negative of each image, one matrix per level.
 
     keep(n, j) = 1 - softmax_i(c_j^l . c_i^{l+1} / phi_i^{l+1})[pa(y_l(n))]: a prototype under the same parent as
     the image's own is likely to be left out; at the top level all stay. The own prototype's column is 0.
 
-    Arguments as above. Returns L x (B, K_l). Source: HCSC (2202.00455), selection of prototypes.
+    Arguments as above; member: likewise, for the softmax (K_l+1, K_l) of all levels but the top. Returns L x (B, K_l).
+    Source: HCSC (2202.00455), selection of prototypes.
     """
-    keep = []
+    keep, member = [], [] if member is None else member
     for level, (prototypes, assign) in enumerate(zip(hierarchy.prototypes, hierarchy.assign)):
         own = assign[index]  # (B,)
         if level + 1 < len(hierarchy.prototypes):
-            above, phi = hierarchy.prototypes[level + 1], hierarchy.concentration[level + 1]
-            member = torch.softmax(prototypes @ (above / phi[:, None]).T, dim=1)  # (K_l, K_l+1)
-            chance = 1 - member.T[hierarchy.parent[level][own]]  # (B, K_l)
+            if level == len(member):
+                above, phi = hierarchy.prototypes[level + 1], hierarchy.concentration[level + 1]
+                member.append(torch.softmax(prototypes @ (above / phi[:, None]).T, dim=1).T)
+            chance = 1 - member[level][hierarchy.parent[level][own]]  # (B, K_l)
         else:
             chance = torch.ones(len(own), len(prototypes), dtype=prototypes.dtype, device=own.device)
         keep.append(chance.scatter(1, own[:, None], 0))
@@ -817,11 +822,8 @@ def hcsc_instance_loss(q, k, queue, masks, temperature, *, unselected="remove"):
     rest = {"remove": -torch.inf, "zero": 0.0}[unselected]
     pos = (q * k.detach()).sum(dim=1, keepdim=True) / temperature  # (B, 1)
     neg = q @ queue.detach().T / temperature  # (B, Q)
-    losses = []
-    for mask in masks:
-        kept = neg.masked_fill(mask == 0, rest)
-        losses.append((torch.cat([pos, kept], dim=1).logsumexp(dim=1) - pos[:, 0]).mean())
-    return torch.stack(losses)
+    logits = (torch.cat([pos, neg.masked_fill(mask == 0, rest)], dim=1) for mask in masks)  # L x (B, 1+Q)
+    return torch.stack([(level.logsumexp(dim=1) - pos[:, 0]).mean() for level in logits])
 
 
 def hcsc_prototype_loss(q, hierarchy, index, masks, *, unselected="remove", exclude="own"):
@@ -907,10 +909,8 @@ def nearest_neighbours(x, k):
 
 
 def knn_votes(sim, labels, classes, temperature=0.07):
-    """Votes (B, classes): each of the k neighbours gives exp(sim / temperature) to its label (B, k); where that would
-    overflow, every vote of the row is smaller by one factor.
-    """
-    sim = sim - (sim.amax(1, keepdim=True) - 60 * temperature).clamp(min=0)
+    """Votes (B, classes): each of k neighbours gives exp(sim / temperature) to its label (B, k)."""
+    sim = sim - (sim.amax(1, keepdim=True) - 60 * temperature).clamp(min=0)  # by one factor, not to overflow
     return sim.new_zeros(len(sim), classes).scatter_add_(1, labels, (sim / temperature).exp())
 
 

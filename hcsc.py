@@ -36,7 +36,8 @@ Differs from paper or released code
   lr, presets   cosine per step (release: per epoch); below ImageNet finer trees, --prototype-weight 0 to 0.3 (README)
 
 In the log  moco, by chance chance_level_loss of config.json; with a tree instance, by chance the mean over l of
-            ln(1 + Q (1 - dropped_l)), and prototype, weighted; of small crops _local; dropped_: shares left out
+            ln(1 + Q (1 - dropped_l)), --release L ln(1 + Q), and prototype, weighted; of small crops _local, instance
+            by chance ln(1 + Q) each; dropped_: shares left out
 """
 
 # ---- [method] import
@@ -165,11 +166,12 @@ PAPER, RELEASE = Reading(), Reading("zero", torch.sum, "batch", (0, 0.999), (1e-
 
 
 # ---- [method] selection and loss
-def select(queue, hierarchy, index, temperature, reading=PAPER):
-    """Probability to stay a negative of images `index` (B,): queue entries L x (B, Q), prototypes L x (B, K_l)."""
-    instance_chances = common.hcsc_instance_selection(queue, hierarchy, index)
+def select(queue, hierarchy, index, temperature, reading=PAPER, kept=(None, None), changed=None):
+    """Probability to stay a negative of images `index` (B,): queue entries L x (B, Q), prototypes L x (B, K_l).
+    kept: two lists, empty at a new tree, and changed: rows of the queue, as `member` and `changed` in common.py."""
+    instance_chances = common.hcsc_instance_selection(queue, hierarchy, index, member=kept[0], changed=changed)
     phi = [temperature * phi / phi.mean() if reading.rescale_phi else phi for phi in hierarchy.concentration]
-    *below, top = common.hcsc_prototype_selection(hierarchy._replace(concentration=phi), index)
+    *below, top = common.hcsc_prototype_selection(hierarchy._replace(concentration=phi), index, member=kept[1])
     below = [chance.clamp(*reading.prototype_clip).scatter(1, assign[index, None], 0)  # never the own one
              for chance, assign in zip(below, hierarchy.assign)]
     return [chance.clamp(*reading.instance_clip) for chance in instance_chances], [*below, top]
@@ -188,25 +190,21 @@ def dropped(instance_masks, prototype_masks):
                        for level, mask in enumerate(prototype_masks[:-1])}  # at the top all stay
 
 
-def hcsc_loss(q, k, queue, hierarchy, index, instance_masks, prototype_masks, temperature, reading=PAPER):
-    """HCSC's loss of one query per image, by term, against the negatives that stay: the mean over levels (RELEASE sums
-    the instance term), the prototype term weighted. Source: HCSC (2202.00455).
-    instance_masks L x (B, Q), None: all stay, plain InfoNCE; prototype_masks L x (B, K_l), 1 = stays.
-    """
-    how = dict(unselected=reading.unselected)
-    instance = (common.hcsc_instance_loss(q, k, queue, instance_masks, temperature, **how) if instance_masks
-                else info_nce(q, k, queue, temperature))  # (L,) or ()
-    prototype = common.hcsc_prototype_loss(q, hierarchy, index, prototype_masks, exclude=reading.exclude, **how)  # (L,)
-    return {"instance": reading.over_levels(instance), "prototype": reading.prototype_weight * prototype.mean()}
-
-
 def hcsc_terms(queries, k, queue, hierarchy, index, instance_masks, prototype_masks, temperature, reading=PAPER,
                local_selection=False):
-    """hcsc_loss of view 0, and its sum over small crops, named _local; queries and prototype_masks: one per crop."""
-    losses = {}
+    """HCSC's loss by term, against the negatives that stay: of view 0, and summed over small crops, named _local.
+
+    Means over levels (RELEASE sums the instance term), the prototype term weighted; queries, prototype_masks: one per
+    crop. Masks L x (B, Q) and L x (B, K_l), 1 = stays; instance_masks None: all do, plain InfoNCE. Source: HCSC.
+    """
+    losses, how = {}, dict(unselected=reading.unselected)
     for crop, (q, masks) in enumerate(zip(queries, prototype_masks)):
         selected = instance_masks if crop == 0 or local_selection else None
-        for name, term in hcsc_loss(q, k, queue, hierarchy, index, selected, masks, temperature, reading).items():
+        instance = (common.hcsc_instance_loss(q, k, queue, selected, temperature, **how) if selected
+                    else info_nce(q, k, queue, temperature))  # (L,) or ()
+        prototype = common.hcsc_prototype_loss(q, hierarchy, index, masks, exclude=reading.exclude, **how)  # (L,)
+        for name, term in (("instance", reading.over_levels(instance)),
+                           ("prototype", reading.prototype_weight * prototype.mean())):
             name = f"{name}_local" if crop else name
             losses[name] = losses.get(name, 0) + term
     return losses
@@ -282,6 +280,9 @@ def main(args):
         if clusters and epoch >= args.warmup_epochs and start_step == 0:
             hierarchy = grow_tree(F.normalize(features(clustered, train), dim=1), seed=args.seed + epoch)
 
+        # ---- [method] memberships of the queue, 4 Q sum(K_l) bytes, and of prototypes, from step to step
+        kept = None if queue_size % batch_size else [], []  # None: uneven blocks round otherwise, once resumed
+
         # ---- [shared] batches: index (B,), places in the data set; crops, a list of views (B, 3, H, W)
         batches = common.batches(train, batch_size, views, seed=args.seed, epoch=epoch, start=start_step, device=device,
                                  workers=args.workers)
@@ -306,9 +307,10 @@ def main(args):
                 losses = {"moco": sum(info_nce(query, k, model.queue, args.temperature) for query in queries)}
             else:
                 generator = ranks.random_state(*place, "selection", device=device)
-                instance_chances, prototype_chances = select(model.queue, hierarchy, index, args.temperature, reading)
-                instance_masks = None if args.no_instance_selection else draw(instance_chances, batch_size, generator)
-                prototype_masks = [draw(prototype_chances, batch_size, generator) for _ in queries]  # anew for each
+                changed = (model.queue_ptr - 1 - torch.arange(batch_size, device=device)) % queue_size  # the newest
+                chances = select(model.queue, hierarchy, index, args.temperature, reading, kept, changed)
+                instance_masks = None if args.no_instance_selection else draw(chances[0], batch_size, generator)
+                prototype_masks = [draw(chances[1], batch_size, generator) for _ in queries]  # anew for each
                 losses = hcsc_terms(queries, k, model.queue, hierarchy, index, instance_masks, prototype_masks,
                                     args.temperature, reading, args.local_selection)
                 watched |= dropped(instance_masks, prototype_masks[0])

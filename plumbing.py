@@ -198,7 +198,7 @@ def resolve_arguments(parser, presets, argv=None):
     share of --epochs, one epoch at least: the tree of an untrained network tells nothing.
     """
     argv = [part for word in map(str, sys.argv[1:] if argv is None else argv)
-            for part in (word.split("=", 1) if word.startswith("--") else [word])]
+            for part in (word.split("=", 1) if re.match(r"--[\w-]+=(?!-)", word) else [word])]
     args, script = parser.parse_args(argv), Path(parser.prog).stem
     data = args.data if args.data in common.BUILT_IN else Path(args.data).resolve().name or "data"
     folder = Path(args.out or f"runs/{script}-{data}-{args.seed}")
@@ -209,7 +209,7 @@ def resolve_arguments(parser, presets, argv=None):
         argv = [*map(str, saved["argv"]), *argv]  # of a flag given twice the later one counts
         args = parser.parse_args(argv)
     preset = args.preset if args.preset != "auto" else preset_of(args.data)
-    chosen, argv = presets[preset], [*argv, "--preset", preset, "--out", str(folder)]
+    chosen, argv = presets[preset], [*argv, "--preset", preset, f"--out={folder}"]
     warmup = max(1, round(chosen["warmup_epochs"] * (args.epochs or chosen["epochs"]) / chosen["epochs"]))
     parser.set_defaults(**{**chosen, "warmup_epochs": warmup})
     return parser.parse_args(argv, argparse.Namespace(script=script, argv=argv))
@@ -457,7 +457,7 @@ class Run:
             say(f"\nthe learnt tree  {self.folder}/tree.png, and every picture's clusters in clusters.csv")
         more = " --data a/folder/with/labels" if self.train.labels is None else ""
         words = str(Path(sys.argv[0]).with_name("eval_linear.py")), "--run", str(self.folder)
-        line = " ".join(f'"{word}"' if " " in word else word for word in words)
+        line = " ".join(f'"{word}"' if re.search(r"[^\w./\\:+,=@%~-]", word) else word for word in words)
         say(f"the backbone     {self.folder}/backbone.pt\nnext             python {line}{more}")
 
 

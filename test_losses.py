@@ -1,10 +1,11 @@
 """What the losses promise, checked against loops one can read.
 
-Each loss meets five kinds of test. An oracle: a `slow_` function above its test, explicit loops over the paper's
+Each loss here meets five kinds of test. An oracle: a `slow_` function above its test, explicit loops over the paper's
 symbols in plain Python numbers. Values by hand: a few unit vectors whose angles one can draw. Edges: no negative, one
-image, rounding. Laws: one table of all losses, and what must hold for any numbers. Lift: the source of the loss alone,
-pasted into an empty file, passes its oracle again. The code under test is always imported, never written twice.
-Figures of the authors' own code are in tests/test_golden.py, whole steps of the scripts in tests/test_methods.py.
+image, rounding. Laws: one table of these losses, and what must hold for any numbers. Lift: the source of the loss
+alone, pasted into an empty file, passes its oracle again. The code under test is always imported, never written twice.
+The losses of SimSiam, MoCo v3, DINO and iBOT are in tests/test_bases1.py and tests/test_bases2.py, figures of the
+authors' own code in tests/test_golden.py, whole steps of the scripts in tests/test_methods.py.
 
     pytest test_losses.py          or, without pytest,          python test_losses.py
 """

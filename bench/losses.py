@@ -117,8 +117,9 @@ def main():
     for name in LOSSES:
         print(f"{name:12} {1000 * took[name]:9.1f} ms   peak {peak[name]:8.0f} MiB")
     ours, theirs = last["common.py"], last["gathering"]
+    memory = peak["common.py"] / peak["gathering"] if peak["gathering"] > 1 else float("nan")
     print(f"ratio        {took['gathering'] / took['common.py']:9.1f} x faster, "
-          f"{peak['common.py'] / max(peak['gathering'], 1e-9):.3f} of the memory; values differ by "
+          f"{memory:.3f} of the memory; values differ by "
           f"{abs(ours[0] - theirs[0]):.1e}, gradients by {(ours[1] - theirs[1]).abs().max().item():.1e}")
 
 

@@ -70,7 +70,7 @@ def main():
     train, _ = common.load_data(args.data, args.data_root, device)
     preset = hirl_moco.PRESETS["textures" if args.data == "textures" else "cifar"]
     view = hirl_moco.AUGMENTATIONS["textures" if args.data == "textures" else "cifar"]
-    clusters = [k for k in preset["clusters"] if k < len(train) / 4]
+    clusters = [k for k in preset["clusters"] if k < len(train) / 4] or [len(train) // 16]
     model = hirl_moco.MoCo(hirl_moco.Encoder(args.arch, args.stem, "mlp-bn", 128), 128, preset["queue_size"])
     model.heads = nn.ModuleList(hirl_moco.level_head(128) for _ in clusters)
     model.to(device, memory_format=torch.channels_last)

@@ -35,7 +35,7 @@ PARTS = {  # row: functions, of the script where no module is named; an encoder 
     "update of the key encoder": ["MoCo.update_key_encoder"],
     "base loss": ["info_nce", "csml_loss", "SwAV.scores", "swapped_prediction"],
     "assignments": ["SwAV.assignments", "SwAV.in_use", "SwAV.enqueue"],
-    "hierarchy loss": ["common.semantic_path_loss", "hcsc_loss", "reassign"],
+    "hierarchy loss": ["common.semantic_path_loss", "hcsc_terms", "reassign"],
     "selection": ["select", "draw", "dropped"],
     "cutmix": ["cutmix"],
     "backward": ["torch.Tensor.backward"],

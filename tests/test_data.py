@@ -202,6 +202,15 @@ def test_the_limit_of_unreadable_pictures_counts_those_of_all_ranks(tmp_path):
         assert "3 of 240 pictures cannot be read" in ended and f"in {folder}/, 010.png, 150.png, 200.png" in ended
 
 
+def test_the_limit_of_unreadable_pictures_is_that_of_the_whole_set_in_its_parts_too(tmp_path):
+    """Two of 240 are allowed, also where both are in a part of ten; a third there is not."""
+    images, _ = common.load_data(str(plain_folder(tmp_path / "pictures", 240, damaged=(20, 22, 24))))
+    part = images.part(torch.arange(17, 27)).part(torch.arange(1, 9))  # 18 to 25
+    assert part.picture(2) == part.picture(3) and part.picture(4) == part.picture(5) and [*part.unreadable] == [2, 4]
+    with pytest.raises(common.Stop, match="3 of 8 pictures cannot be read, more than 1 %"):
+        part.picture(6)
+
+
 @pytest.mark.parametrize("content", (b"BLP2" + bytes(60), b"\0\0\0\x1cftypavif" + bytes(40), b"", RuntimeError,
                                      b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"))
 def test_whatever_a_damaged_file_raises_it_is_one_unreadable_picture(content, tmp_path, monkeypatch, capfd):

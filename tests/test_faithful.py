@@ -68,6 +68,29 @@ def test_dropped_shares_count_no_own_prototype():
     assert "dropped_0" not in hcsc.dropped(None, masks)
 
 
+def test_memberships_that_are_kept_give_the_chances_taken_anew():
+    """After every change of rows; a row that changed but is not named keeps its old chances."""
+    tree, index, queue, member = random_tree(60, [12, 4]), torch.arange(20), unit(30, DIM).clone(), []
+    for start in (0, 7, 25):  # the last wraps around
+        changed = torch.arange(start, start + 7) % 30
+        if member:
+            queue[changed] = unit(7, DIM).roll(start, 0)
+        kept = common.hcsc_instance_selection(queue, tree, index, member=member, changed=changed)
+        for one, other in zip(kept, common.hcsc_instance_selection(queue, tree, index)):
+            torch.testing.assert_close(one, other)
+    softmax = []
+    for images in (index, index + 20):  # of prototypes, filled by the first call and used by the second
+        for one, other in zip(common.hcsc_prototype_selection(tree, images, member=softmax),
+                              common.hcsc_prototype_selection(tree, images)):
+            assert torch.equal(one, other)
+    assert [tuple(m.shape) for m in softmax] == [(4, 12)]
+    queue[0] = unit(2, DIM)[0]
+    unnamed, anew = (common.hcsc_instance_selection(queue, tree, index, **kept)[0]
+                     for kept in (dict(member=member, changed=torch.tensor([1, 2])), {}))
+    torch.testing.assert_close(unnamed, kept[0])
+    assert (unnamed - anew)[:, 0].abs().max() > 0.01 and (unnamed - anew)[:, 1:].abs().max() < 1e-6
+
+
 def test_the_own_prototype_is_never_drawn():
     tree, index = random_tree(60, [12, 4]), torch.arange(20)
     for reading in (hcsc.PAPER, hcsc.RELEASE):

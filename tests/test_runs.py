@@ -753,13 +753,19 @@ def test_raw_pixels_of_many_pictures_are_not_classified_on_the_cpu():
 def test_the_last_lines_without_an_accuracy_of_raw_pixels(tmp_path, monkeypatch, capsys):
     """They are left out where 50,000 pictures or more would take minutes."""
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
-    done = plumbing.Run(hirl_moco.parse_args(["--out", str(tmp_path / "my run")]))
+    done = plumbing.Run(hirl_moco.parse_args(["--out", str(tmp_path / "run(1) of R&D")]))
     done.train = common.Images(["a"], torch.zeros(1, 1, dtype=torch.long), [["x"]])
     done.log = [dict(epoch=0, knn=[20.0], knn_pixels=None), dict(epoch=1, knn=[60.0])]
     done.verdict()
     printed = capsys.readouterr().out
     assert "raw pixels" not in printed and re.search(r"trained network +60\.0\nerror, of before +0\.50x\n", printed)
-    assert printed.endswith(f'--run "{tmp_path}/my run"\n')  # fit to be pasted
+    assert printed.endswith(f'--run "{tmp_path}/run(1) of R&D"\n')  # fit to be pasted
+
+
+@pytest.mark.parametrize("words", (["--out=-x"], ["--out", "./-x"], ["--out=./-x"]))
+def test_a_folder_may_begin_with_a_dash(words):
+    args = hirl_moco.parse_args(["--data=-pictures", *words, "--queue-size=64"])
+    assert (args.out, args.data, args.queue_size) == ("-x", "-pictures", 64) and "--queue-size" in args.argv
 
 
 def test_the_last_lines_where_no_error_was_left(tmp_path, monkeypatch, capsys):
