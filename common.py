@@ -777,12 +777,12 @@ def hcsc_instance_selection(queue, hierarchy, index, *, member=None, changed=Non
     member, entries = [] if member is None else member, queue[changed] if member else queue
     for level, (prototypes, phi) in enumerate(zip(hierarchy.prototypes, hierarchy.concentration)):
         scaled = (prototypes / phi.clamp(min=1e-3)[:, None]).to(queue.dtype)  # (K_l, D)
-        new = torch.cat([torch.softmax(rows @ scaled.T, dim=1) for rows in entries.split(size)]).T
+        new = torch.cat([torch.softmax(rows @ scaled.T, dim=1) for rows in entries.split(size)]).T  # (K_l, M)
         if level < len(member):
             member[level][:, changed] = new
         else:
             member.append(new)
-    return [1 - of_level[assign[index]] for of_level, assign in zip(member, hierarchy.assign)]
+    return [1 - of_level[assign[index]] for of_level, assign in zip(member, hierarchy.assign)]  # L x (B, Q)
 
 
 @torch.no_grad()
@@ -801,7 +801,7 @@ def hcsc_prototype_selection(hierarchy, index, *, member=None):
         if level + 1 < len(hierarchy.prototypes):
             if level == len(member):
                 above, phi = hierarchy.prototypes[level + 1], hierarchy.concentration[level + 1]
-                member.append(torch.softmax(prototypes @ (above / phi[:, None]).T, dim=1).T)
+                member.append(torch.softmax(prototypes @ (above / phi[:, None]).T, dim=1).T)  # (K_l+1, K_l)
             chance = 1 - member[level][hierarchy.parent[level][own]]  # (B, K_l)
         else:
             chance = torch.ones(len(own), len(prototypes), dtype=prototypes.dtype, device=own.device)

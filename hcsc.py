@@ -280,8 +280,8 @@ def main(args):
         if clusters and epoch >= args.warmup_epochs and start_step == 0:
             hierarchy = grow_tree(F.normalize(features(clustered, train), dim=1), seed=args.seed + epoch)
 
-        # ---- [method] memberships of the queue, 4 Q sum(K_l) bytes, and of prototypes, from step to step
-        kept = None if queue_size % batch_size else [], []  # None: uneven blocks round otherwise, once resumed
+        # ---- [method] memberships of queue, L x (K_l, Q), and prototypes: a step changes B of Q, so they are kept
+        kept = None if queue_size % batch_size else [], []  # None: blocks uneven, a resumed run may round otherwise
 
         # ---- [shared] batches: index (B,), places in the data set; crops, a list of views (B, 3, H, W)
         batches = common.batches(train, batch_size, views, seed=args.seed, epoch=epoch, start=start_step, device=device,
@@ -307,7 +307,7 @@ def main(args):
                 losses = {"moco": sum(info_nce(query, k, model.queue, args.temperature) for query in queries)}
             else:
                 generator = ranks.random_state(*place, "selection", device=device)
-                changed = (model.queue_ptr - 1 - torch.arange(batch_size, device=device)) % queue_size  # the newest
+                changed = (model.queue_ptr - 1 - torch.arange(batch_size, device=device)) % queue_size  # newest (B,)
                 chances = select(model.queue, hierarchy, index, args.temperature, reading, kept, changed)
                 instance_masks = None if args.no_instance_selection else draw(chances[0], batch_size, generator)
                 prototype_masks = [draw(chances[1], batch_size, generator) for _ in queries]  # anew for each

@@ -85,8 +85,8 @@ def test_memberships_that_are_kept_give_the_chances_taken_anew():
             assert torch.equal(one, other)
     assert [tuple(m.shape) for m in softmax] == [(4, 12)]
     queue[0] = unit(2, DIM)[0]
-    unnamed, anew = (common.hcsc_instance_selection(queue, tree, index, **kept)[0]
-                     for kept in (dict(member=member, changed=torch.tensor([1, 2])), {}))
+    unnamed, = common.hcsc_instance_selection(queue, tree, index, member=member, changed=torch.tensor([1, 2]))[:1]
+    anew, = common.hcsc_instance_selection(queue, tree, index)[:1]
     torch.testing.assert_close(unnamed, kept[0])
     assert (unnamed - anew)[:, 0].abs().max() > 0.01 and (unnamed - anew)[:, 1:].abs().max() < 1e-6
 

@@ -198,6 +198,17 @@ def test_small_crops_are_smaller_parts_with_draws_of_their_own(pictures, tmp_pat
     assert rows[1]["moco"] > 2 * math.log(33)  # a sum over the five
 
 
+@pytest.mark.parametrize("queue_size, kept", ((32, True), (24, False)))
+def test_memberships_are_kept_where_the_queue_is_a_multiple_of_the_batch(queue_size, kept, pictures, tmp_path,
+                                                                         monkeypatch):
+    """One list a tree. Else none: uneven blocks may round otherwise, and a resumed run would not be equal."""
+    seen, select = [], hcsc.select
+    monkeypatch.setattr(hcsc, "select", lambda *how: seen.append(how[5][0]) or select(*how))
+    args, _ = run(hcsc, tmp_path / "run", pictures, epochs=2, queue_size=queue_size)
+    assert args.batch_size == 16 and len(seen) > 1 and all(member is seen[0] for member in seen)
+    assert (seen[0] is not None) == kept
+
+
 def test_amp_is_of_the_networks_and_losses_are_in_single_precision(pictures, tmp_path, monkeypatch):
     seen, raw, nce, forward = set(), set(), hirl_moco.info_nce, hirl_moco.Encoder.forward
 
